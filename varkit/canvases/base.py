@@ -1,0 +1,118 @@
+"""A canvas is what is drawn so far: it gives the next feed, takes the outputs, previews, and forgets on rollback.
+
+One file a latent layout (a grid or line of tokens, a residual pyramid). A canvas belongs to samples, never to condition
+branches, and knows no order: positions come from the plan's steps.
+Legend: B samples, P positions, L slots fed, T targets.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from varkit.plans.step import Slots, Step
+
+NEVER = -1
+
+
+class Canvas(ABC):
+    """Values over P positions for B samples.
+
+    `revealed_at` (B, P) int64 holds the decoding step (the sample's cursor) at which a position was last committed, or -1;
+    this is what rollback, completion and resuming read.
+    """
+
+    revealed_at: Tensor
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.revealed_at.shape[0]
+
+    @property
+    def known(self) -> Tensor:
+        """(B, P) bool: committed positions."""
+        return self.revealed_at >= 0
+
+    @abstractmethod
+    def feed(self, slots: Slots) -> dict[str, Tensor]:
+        """Values entering the network at `slots`: named tensors (B, L, ...), zeros where `shows` is -1."""
+
+    @abstractmethod
+    def reveal(self, step: Step, values: dict[str, Tensor], at: Tensor) -> None:
+        """Take the head's values (B, T, ...) for `step.target`; `at` (B,) is each sample's cursor.
+
+        Targets that the step does not reveal keep the value provisionally: it is fed again, but not `known`.
+        """
+
+    @abstractmethod
+    def latents(self) -> dict[str, Tensor]:
+        """Everything drawn, in the tokenizer's form."""
+
+    @abstractmethod
+    def fill(self, latents: dict[str, Tensor]) -> None:
+        """Put true latents at every position (teacher forcing)."""
+
+    @abstractmethod
+    def preview(self) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of what is known so far."""
+
+    @abstractmethod
+    def rollback(self, lengths: Tensor) -> None:
+        """Forget what was revealed at step `lengths[b]` of sample b or later.
+
+        A value that overwrote an earlier one cannot be restored: roll back only over positions revealed once.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All state as named tensors with samples on dimension 0 (for select, concat and saving)."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "Canvas":
+        """The same layout holding other tensors (of any batch size)."""
+
+    def select(self, ids: Sequence[int]) -> "Canvas":
+        """Samples re-ordered, dropped or repeated (copies)."""
+        index = torch.as_tensor(ids)
+        return self.with_tensors({k: v[index.to(v.device)] for k, v in self.tensors().items()})
+
+    @staticmethod
+    def concat(parts: Sequence["Canvas"]) -> "Canvas":
+        """Samples of several canvases of the same layout, one after the other."""
+        tables = [p.tensors() for p in parts]
+        return parts[0].with_tensors({k: torch.cat([t[k] for t in tables]) for k in tables[0]})
+
+
+def gather_positions(table: Tensor, positions: Tensor) -> Tensor:
+    """table (B, P, ...) at positions (L,) or (B, L) -> (B, L, ...), zeros where the position is -1."""
+    positions = positions.to(table.device)
+    if positions.ndim == 1:
+        found = table[:, positions.clamp(min=0)]
+    else:
+        rows = torch.arange(table.shape[0], device=table.device)[:, None]
+        found = table[rows, positions.clamp(min=0)]
+    if bool((positions >= 0).all()):
+        return found
+    keep = (positions >= 0).reshape(*positions.shape, *([1] * (table.ndim - 2)))
+    return torch.where(keep, found, torch.zeros_like(found))
+
+
+def scatter_positions(table: Tensor, positions: Tensor, values: Tensor, keep: Tensor | None = None) -> None:
+    """Write values (B, T, ...) into table (B, P, ...) at positions (T,) or (B, T), skipping -1 and where `keep` is False."""
+    positions = positions.to(table.device)
+    if positions.ndim == 1 and keep is None and bool((positions >= 0).all()):
+        table[:, positions] = values.to(table.dtype)
+        return
+    wanted = positions.expand(table.shape[0], -1)
+    ok = wanted >= 0 if keep is None else (wanted >= 0) & keep.to(table.device)
+    rows = torch.arange(table.shape[0], device=table.device)[:, None].expand_as(wanted)
+    table[rows[ok], wanted[ok]] = values.to(table.dtype)[ok]
+
+
+def mark_revealed(revealed_at: Tensor, step: Step, at: Tensor) -> None:
+    """Note in `revealed_at` (B, P) that the step's revealed targets were committed at cursor `at` (B,)."""
+    keep = None if bool(step.reveal.all()) else step.reveal.expand(revealed_at.shape[0], -1)
+    stamp = at[:, None].expand(revealed_at.shape[0], step.target.shape[-1])
+    scatter_positions(revealed_at, step.target, stamp, keep)

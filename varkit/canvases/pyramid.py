@@ -1,0 +1,126 @@
+"""Canvas over a residual pyramid (VAR, arXiv 2404.02905, Algorithm 2): codes of every level add up to one feature map.
+
+The input of level k is the running sum of the levels before it, area-resized to level k's grid; the canvas keeps that
+table of inputs, filled level by level by the same operations in training and decoding.
+Legend: B samples, L positions of all levels, D code width, h w finest grid.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from varkit.canvases.base import NEVER, Canvas, gather_positions, mark_revealed, scatter_positions
+from varkit.plans.schedule import Schedule
+from varkit.plans.step import Slots, Step
+
+
+class PyramidCanvas(Canvas):
+    """Ids (B, L), inputs (B, L, D), running sum f_hat (B, D, h, w); samples may stand at different levels.
+
+    `quantizer` provides `lookup`, `accumulate` and `next_input` (see tokenizers/multiscale_vq.py); `show` maps f_hat to
+    images. A step must reveal whole levels. Values may bring `codes` (B, T, D) to be added in place of the codebook's (smooth
+    sampling, blended edits); the codes added are kept, so that a rollback can add them again.
+    """
+
+    def __init__(
+        self,
+        quantizer,
+        batch: int,
+        schedule: Schedule,
+        show: Callable[[Tensor], Tensor] | None = None,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.quantizer, self.schedule, self.show = quantizer, schedule, show
+        if tensors is None:
+            device, width = quantizer.codebook.device, quantizer.codebook.shape[1]
+            tensors = {
+                "ids": torch.zeros(batch, schedule.total, dtype=torch.int64, device=device),
+                "codes": torch.zeros(batch, schedule.total, width, device=device),
+                "inputs": torch.zeros(batch, schedule.total, width, device=device),
+                "f_hat": torch.zeros(batch, width, *schedule.last, device=device),
+                "revealed_at": torch.full((batch, schedule.total), NEVER),
+            }
+        self._tensors = tensors
+
+    @property
+    def ids(self) -> Tensor:
+        """(B, L) int64 codes."""
+        return self._tensors["ids"]
+
+    @property
+    def f_hat(self) -> Tensor:
+        """(B, D, h, w) running sum of the revealed levels."""
+        return self._tensors["f_hat"]
+
+    @property
+    def revealed_at(self) -> Tensor:  # type: ignore[override]
+        return self._tensors["revealed_at"]
+
+    def feed(self, slots: Slots) -> dict[str, Tensor]:
+        return {"vectors": gather_positions(self._tensors["inputs"], slots.shows)}
+
+    def reveal(self, step: Step, values: dict[str, Tensor], at: Tensor) -> None:
+        scatter_positions(self.ids, step.target, values["ids"])
+        mark_revealed(self.revealed_at, step, at)
+        first = step.target[..., 0] if step.target.ndim == 2 else step.target[:1].expand(self.batch)
+        for start in first.unique().tolist():
+            if start < 0:
+                continue
+            rows = (first == start).nonzero()[:, 0].to(self.ids.device)
+            level = self.schedule.offsets.index(start)  # whole levels only
+            n = self.schedule.lengths[level]
+            codes = values["codes"][rows, :n] if "codes" in values else self.quantizer.lookup(values["ids"][rows, :n])
+            self._add(level, codes, None if len(rows) == self.batch else rows)
+
+    def _add(self, level: int, codes: Tensor, rows: Tensor | None) -> None:
+        """Add one level's codes to f_hat of `rows` (None: all), and fill in the next level's input."""
+        a, b = self.schedule.offsets[level], self.schedule.offsets[level + 1]
+        self._tensors["codes"][slice(None) if rows is None else rows, a:b] = codes
+        f_hat = self.f_hat if rows is None else self.f_hat[rows]
+        f_hat = self.quantizer.accumulate(f_hat, level, codes, self.schedule)
+        if rows is None:
+            self._tensors["f_hat"] = f_hat
+        else:
+            self.f_hat[rows] = f_hat
+        if level + 1 < len(self.schedule):
+            after = self.quantizer.next_input(f_hat, level + 1, self.schedule)
+            end = self.schedule.offsets[level + 2]
+            self._tensors["inputs"][slice(None) if rows is None else rows, b:end] = after
+
+    def latents(self) -> dict[str, Tensor]:
+        return {"ids": self.ids}
+
+    def fill(self, latents: dict[str, Tensor]) -> None:
+        self._tensors["ids"] = latents["ids"]
+        self._tensors["f_hat"] = torch.zeros_like(self.f_hat)
+        for level in range(len(self.schedule)):
+            a, b = self.schedule.offsets[level], self.schedule.offsets[level + 1]
+            self._add(level, self.quantizer.lookup(latents["ids"][:, a:b]), None)
+        self._tensors["revealed_at"] = torch.zeros_like(self.revealed_at)
+
+    def preview(self) -> Tensor:
+        if self.show is None:
+            raise TypeError("this canvas has no decoder, so it cannot show a picture")
+        return self.show(self.f_hat)
+
+    def rollback(self, lengths: Tensor) -> None:
+        gone = self.revealed_at >= lengths[:, None]
+        self.revealed_at[gone] = NEVER
+        for b in gone.any(dim=1).nonzero()[:, 0].tolist():
+            self._replay(b)
+
+    def _replay(self, b: int) -> None:
+        """Recompute f_hat and the inputs of one sample from its known levels."""
+        rows = torch.tensor([b], device=self.ids.device)
+        self.f_hat[rows] = 0
+        for level in range(len(self.schedule)):
+            a, e = self.schedule.offsets[level], self.schedule.offsets[level + 1]
+            if bool(self.known[b, a:e].all()):
+                self._add(level, self._tensors["codes"][rows, a:e], rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self._tensors
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "PyramidCanvas":
+        return PyramidCanvas(self.quantizer, 0, self.schedule, self.show, tensors)

@@ -1,0 +1,79 @@
+"""`varkit version`: what is installed and on which machine, for bug reports; torch is not even imported."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from varkit import __version__
+from varkit.cli.console import print_json
+
+
+@dataclass(frozen=True)
+class Version:
+    """Show the versions of varkit, Python and torch, and the machine."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> None:
+        facts = {
+            "varkit": __version__,
+            "python": platform.python_version(),
+            "torch": _installed("torch"),
+            "threads": _threads(),
+            "hardware": hardware(),
+        }
+        if self.json:
+            print_json(facts)
+        else:
+            print("\n".join(f"{name}: {value or 'not installed'}" for name, value in _flat(facts)))
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, its cores, the memory and the system, as far as the system tells."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _threads() -> int:
+    """The threads that torch will take: OMP_NUM_THREADS, else the processors this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit():
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    if not hasattr(os, "sysconf"):
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def _flat(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        rows += _flat(value) if isinstance(value, dict) else [(name, value)]
+    return rows

@@ -1,0 +1,90 @@
+"""The one decoding loop: ask the plan for a step, feed the network, sample the head, let the canvas take it.
+
+    for state in decode(model, state):
+        show(state.canvas.preview())
+
+`decode` is a generator, so progress bars, streaming previews, search, verification and early exit are its callers.
+Legend: R condition branches, B samples, N = R x B, T targets, C width.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varkit.canvases.base import gather_positions
+from varkit.decode.state import State
+from varkit.generators.base import Generator, branches_and_batch, rows
+from varkit.heads.base import Ask, Head
+from varkit.plans.base import Plan
+from varkit.plans.step import Step
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the loop needs: an order, a network, and a head for each route of the order."""
+
+    plan: Plan
+    generator: Generator
+    heads: Mapping[str, Head]
+
+
+@torch.no_grad()
+def advance(model: Model, state: State) -> State:
+    """Take one step with every sample that is not finished. The state is advanced in place and returned."""
+    step = model.plan.next_step(state)
+    if step is None:
+        state.finished = torch.ones_like(state.finished)
+        return state
+    fed = state.canvas.feed(step.feed)
+    window = state.cache.open(step, state.cursor)
+    h = model.generator(fed, step, state.prepared, window, state.options.ports)
+    state.cache.close()
+    if step.target.shape[-1]:
+        values = model.heads[step.route].sample(_read(h, step, state), _ask(model, state, step, fed))
+        if state.options.override is not None:
+            values = state.options.override(step, values, state)
+        state.canvas.reveal(step, values, state.cursor)
+    _count(state, step)
+    state.finished = state.finished | model.plan.finished(state)
+    return state
+
+
+def decode(model: Model, state: State) -> Iterator[State]:
+    """Advance until every sample is finished, yielding the state after each step."""
+    while not bool(state.finished.all()):
+        yield advance(model, state)
+
+
+def run(model: Model, state: State) -> State:
+    """`decode` to the end."""
+    for state in decode(model, state):
+        pass
+    return state
+
+
+def _read(h: Tensor, step: Step, state: State) -> Tensor:
+    """Hidden states (N, L, C) at the slots the step reads -> (R, B, T, C)."""
+    branches, batch = branches_and_batch(state.prepared)
+    if not step.reads_all:
+        read = step.read if step.read.ndim == 1 else rows(step.read, branches)
+        h = gather_positions(h, read)
+    return h.unflatten(0, (branches, batch))
+
+
+def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
+    at_targets = fed if step.reads_all else {k: gather_positions(v, step.read) for k, v in fed.items()}
+    return Ask(
+        step, state.draws, state.cursor, model.plan.progress(state), state.options.combine, state.options.pick, at_targets
+    )
+
+
+def _count(state: State, step: Step) -> None:
+    moved = ~state.finished
+    if step.feed.ids.ndim == 2:
+        moved = moved & (step.feed.ids >= 0).any(dim=1)
+    state.cursor = state.cursor + moved
+    state.evaluations = state.evaluations + moved
+    committed = (step.reveal & (step.target >= 0)).expand(state.batch, -1).sum(dim=1)
+    state.tokens = state.tokens + committed * moved

@@ -1,0 +1,94 @@
+"""Sampling of discrete codes: temperature, top-k, top-p, one uniform a token, and VAR's smooth mixing of codes.
+
+Legend: B samples, T targets, V vocabulary, D code width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varkit.errors import UserError
+from varkit.heads.base import Ask
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """temperature 0 is arg-max; top_k 0 and top_p 0 keep everything.
+
+    Ties at the k-th value are all kept (as published). top-p keeps the smallest set of probability >= top_p.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature} is below 0; use 0 (arg-max) or more, 1 is plain sampling")
+        if self.top_k < 0:
+            raise UserError(f"top-k {self.top_k} is below 0; use 0 (keep all) or a count of codes to keep")
+        if not 0 <= self.top_p <= 1:
+            raise UserError(f"top-p {self.top_p} is outside 0 to 1; use 0 (keep all) or e.g. 0.95")
+
+    def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
+        """logits (B, T, V) -> ids (B, T)."""
+        if self.temperature == 0:
+            return {"ids": logits.argmax(dim=-1)}
+        uniform = ask.draws.uniform("token", ask.at, ask.step.target.clamp(min=0)).squeeze(-1).to(logits.device)
+        return {"ids": pick(self.filtered(logits), uniform)}
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """logits (..., V) over the temperature, -inf where top-k or top-p drop a code."""
+        if self.temperature not in (0.0, 1.0):
+            logits = logits / self.temperature
+        if self.top_k and self.top_k < logits.shape[-1]:
+            logits = keep_top_k(logits, self.top_k)
+        if self.top_p and self.top_p < 1:
+            logits = keep_top_p(logits, self.top_p)
+        return logits
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf below the k-th largest of each row."""
+    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf outside the smallest set of codes whose probability reaches p (the best code always stays)."""
+    ordered, order = logits.sort(dim=-1, descending=False)
+    drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+    drop[..., -1] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+
+
+def pick(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution: logits (..., V), uniform (...) in (0, 1) -> ids (...)."""
+    mass = logits.softmax(dim=-1).cumsum(dim=-1)
+    wanted = uniform[..., None] * mass[..., -1:]
+    ids = torch.searchsorted(mass, wanted, right=True).squeeze(-1)
+    # a uniform next to 1 may round past the end: step back onto the last code that was kept
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    last = torch.where(logits > -torch.inf, places, 0).amax(dim=-1)
+    return torch.minimum(ids, last)
+
+
+@dataclass(frozen=True)
+class SmoothSampler:
+    """VAR's `more_smooth`: the codes added are Gumbel-softmax mixtures that sharpen over the scales.
+
+    With r = progress: codes = softmax((logits (1 + r) + Gumbel) / tau) @ codebook, tau = max(0.27 (1 - 0.95 r), 0.005).
+    The ids are drawn as usual (they are what is kept as tokens). codebook (V, D).
+    """
+
+    sampler: Sampler
+    codebook: Tensor
+
+    def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
+        """logits (B, T, V) -> ids (B, T) and codes (B, T, D)."""
+        gumbel = ask.draws.gumbel("smooth", ask.at, ask.step.target, logits.shape[-1]).to(logits.device)
+        r = ask.progress.to(logits.device)[:, None, None]
+        tau = (0.27 * (1 - 0.95 * r)).clamp(min=0.005)
+        weights = ((self.sampler.filtered(logits) * (1 + r) + gumbel) / tau).softmax(dim=-1)
+        return {**self.sampler(logits, ask), "codes": weights @ self.codebook}

@@ -1,0 +1,143 @@
+"""State owns everything a decoding run knows; search, speculation, servers and resuming need nothing else.
+
+Legend: R condition branches, B samples.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from varkit.canvases.base import Canvas
+from varkit.decode.cache.base import Cache
+from varkit.decode.guidance import Guidance
+from varkit.decode.sampling import Sampler
+from varkit.draws import Draws
+from varkit.generators.base import Prepared
+from varkit.heads.base import Ask, Combine
+from varkit.nn.ports import Ports
+from varkit.plans.step import Step
+
+Override = Callable[[Step, dict[str, Tensor], "State"], dict[str, Tensor]]
+"""Replace a step's values (B, T, ...) before the canvas takes them: edits, teacher leaks, forced prefixes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run decodes: guidance over branches, the sampler of discrete heads, ports, and an override of values."""
+
+    combine: Combine = Guidance()
+    pick: Callable[[Tensor, Ask], dict[str, Tensor]] = Sampler()
+    ports: Ports | None = None
+    override: Override | None = None
+
+
+@dataclass
+class State:
+    """A batch of runs. `cursor` (B,) counts each sample's steps taken; samples may stand at different ones.
+
+    prepared: the generator's condition, each tensor (R, B, ...). evaluations, tokens: what the run has cost so far, (B,)
+    each (network evaluations that moved the sample, and positions committed).
+    """
+
+    canvas: Canvas
+    cache: Cache
+    prepared: Prepared
+    draws: Draws
+    cursor: Tensor
+    finished: Tensor
+    evaluations: Tensor
+    tokens: Tensor
+    options: Options = field(default_factory=Options)
+
+    @classmethod
+    def start(cls, canvas: Canvas, cache: Cache, prepared: Prepared, draws: Draws, options: Options | None = None) -> "State":
+        """A run at its first step."""
+        batch = canvas.batch
+        zero = torch.zeros(batch, dtype=torch.int64)
+        return cls(
+            canvas, cache, prepared, draws, zero, zero.bool(), zero.clone(), zero.clone(), options or Options()
+        )
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.cursor)
+
+    def select(self, ids: Sequence[int]) -> "State":
+        """Samples re-ordered, dropped or repeated; copies share nothing and keep their streams (`fork` renews those)."""
+        index = torch.as_tensor(list(ids))
+        return replace(
+            self,
+            canvas=self.canvas.select(ids),
+            cache=self.cache.select(ids),
+            prepared={k: v[:, index.to(v.device)] for k, v in self.prepared.items()},
+            draws=self.draws.select(list(ids)),
+            cursor=self.cursor[index],
+            finished=self.finished[index],
+            evaluations=self.evaluations[index],
+            tokens=self.tokens[index],
+        )
+
+    def fork(self, ids: Sequence[int]) -> "State":
+        """Like `select`, but the n-th copy of a sample draws from the n-th branch of its stream from here on."""
+        counts: dict[int, int] = {}
+        branches = []
+        for i in ids:
+            branches.append(counts.get(i, 0))
+            counts[i] = branches[-1] + 1
+        chosen = self.select(ids)
+        return replace(chosen, draws=chosen.draws.fork(branches))
+
+    @staticmethod
+    def concat(states: Sequence["State"]) -> "State":
+        """Samples of several runs (same model and options), one after the other, each at its own step."""
+        first = states[0]
+        return replace(
+            first,
+            canvas=type(first.canvas).concat([s.canvas for s in states]),
+            cache=first.cache.joined([s.cache for s in states[1:]]),
+            prepared={k: torch.cat([s.prepared[k] for s in states], dim=1) for k in first.prepared},
+            draws=Draws.concat([s.draws for s in states]),
+            cursor=torch.cat([s.cursor for s in states]),
+            finished=torch.cat([s.finished for s in states]),
+            evaluations=torch.cat([s.evaluations for s in states]),
+            tokens=torch.cat([s.tokens for s in states]),
+        )
+
+    def rollback(self, lengths: Tensor) -> None:
+        """Undo the steps from `lengths[b]` on, for each sample b (lengths beyond the cursor change nothing)."""
+        lengths = torch.minimum(lengths, self.cursor)
+        self.canvas.rollback(lengths)
+        self.cache.rollback(lengths)
+        self.finished = self.finished & (lengths == self.cursor)
+        self.cursor = lengths
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as named tensors, draws included (as JSON bytes): what a file needs to go on from here."""
+        text = json.dumps(self.draws.to_json()).encode()
+        own = {n: getattr(self, n) for n in ("cursor", "finished", "evaluations", "tokens")}
+        return {
+            **{f"canvas.{k}": v for k, v in self.canvas.tensors().items()},
+            **{f"cache.{k}": v for k, v in self.cache.tensors().items()},
+            **{f"prepared.{k}": v for k, v in self.prepared.items()},
+            **own,
+            "draws": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        }
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "State":
+        """A state of the same model and options from `tensors()`; this state's own contents are not used."""
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
+
+        self.cache.load(part("cache"))
+        return replace(
+            self,
+            canvas=self.canvas.with_tensors(part("canvas")),
+            prepared=part("prepared"),
+            draws=Draws.from_json(json.loads(bytes(tensors["draws"].tolist()))),
+            **{n: tensors[n] for n in ("cursor", "finished", "evaluations", "tokens")},
+        )

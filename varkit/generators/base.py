@@ -1,0 +1,50 @@
+"""What every generator promises: known latents and a prepared condition -> hidden states, with no run state on the module.
+
+Legend: R condition branches, B samples, N = R x B rows (branch-major), L slots fed, C width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from varkit.nn.attention import Window
+from varkit.nn.ports import Ports
+from varkit.plans.step import Step
+
+Condition = dict[str, Tensor]
+"""What steers a run, by name, each (R, B, ...): `label` int64, `text` (R, B, T) int64, ..."""
+
+Prepared = dict[str, Tensor]
+"""A condition after everything that does not depend on the step, each (R, B, ...)."""
+
+
+class Generator(nn.Module, ABC):
+    """Blocks over a window. `prepare` runs once for a run, `forward` once for each step.
+
+    Random parts of training (stochastic depth) use torch's generator; decoding draws nothing.
+    """
+
+    width: int
+    depth: int
+
+    @abstractmethod
+    def prepare(self, condition: Condition) -> Prepared:
+        """Condition (R, B, ...) -> everything the steps need of it, (R, B, ...)."""
+
+    @abstractmethod
+    def forward(
+        self, fed: dict[str, Tensor], step: Step, prepared: Prepared, window: Window, ports: Ports | None = None
+    ) -> Tensor:
+        """Values at the step's slots, (B, L, ...), by name -> hidden states (N, L, C) after the last norm."""
+
+
+def branches_and_batch(prepared: Mapping[str, Tensor]) -> tuple[int, int]:
+    """R and B of a condition or a prepared condition."""
+    first = next(iter(prepared.values()))
+    return first.shape[0], first.shape[1]
+
+
+def rows(x: Tensor, branches: int) -> Tensor:
+    """Per-sample (B, ...) -> per-row (R x B, ...), branch-major."""
+    return x if branches == 1 else x.repeat(branches, *([1] * (x.ndim - 1)))

@@ -1,0 +1,73 @@
+"""Conditioners turn what a user asks for into a steering vector and, for prompts, a memory to attend to.
+
+Legend: N rows, D condition width, M memory length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varkit.errors import UserError
+from varkit.generators.text import BEGIN, PAD, TextConfig, TextEncoder
+from varkit.nn.linear import Linear
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """`classes` labels, 0 to classes - 1; one more row stands for "no label". names: what users may call them."""
+
+    classes: int
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.classes < 1:
+            raise UserError(f"classes {self.classes} is below 1; a class-conditional model needs at least one label")
+
+
+class ClassCondition(nn.Module):
+    """A row of a table for each label: {"label": (N,)} -> vector (N, D), no memory."""
+
+    memory_width = 0
+
+    def __init__(self, config: ClassConfig, width: int) -> None:
+        super().__init__()
+        self.classes = config.classes
+        self.embed = nn.Embedding(config.classes + 1, width)
+
+    def forward(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.embed(condition["label"]), None, None
+
+    def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same shape, asking for nothing."""
+        return {"label": torch.full_like(condition["label"], self.classes)}
+
+
+class TextCondition(nn.Module):
+    """A small encoder trained with the generator: {"text": (N, T)} -> vector (N, D), memory (N, T, C), mask (N, T)."""
+
+    def __init__(self, config: TextConfig, width: int) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(config)
+        self.memory_width = config.width
+        self.project = Linear(config.width, width)
+
+    def forward(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        memory, mask, pooled = self.encoder(condition["text"])
+        return self.project(pooled), memory, mask
+
+    def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The empty prompt, at the same length."""
+        empty = torch.full_like(condition["text"], PAD)
+        empty[..., 0] = BEGIN
+        return {"text": empty}
+
+
+def drop_condition(conditioner: nn.Module, condition: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+    """Replace each sample's condition by the null one with probability `rate` (classifier-free guidance training).
+
+    Draws from torch's generator; condition tensors are (N, ...)."""
+    null = conditioner.null(condition)
+    first = next(iter(condition.values()))
+    drop = torch.rand(first.shape[0], device=first.device) < rate
+    return {k: torch.where(drop.view(-1, *([1] * (v.ndim - 1))), null[k], v) for k, v in condition.items()}

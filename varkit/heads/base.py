@@ -1,0 +1,48 @@
+"""What every head promises: hidden states -> distribution of the targets.
+
+A head computes a loss and samples; every random number can be passed in, and guidance is a callable over condition branches,
+so that heads with sampling loops of their own (diffusion, flow) can apply it inside.
+Legend: R branches, B samples, T targets, C width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from varkit.draws import Draws
+from varkit.plans.step import Step
+
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""Guidance: branches (R, B, ...), progress (B,) in [0, 1] -> (B, ...)."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of a head at one step of decoding.
+
+    draws: the samples' random streams. at: (B,) cursors. progress: (B,) in [0, 1], 0 at the first step, 1 at the last.
+    combine: guidance. pick: the sampler of a discrete head (logits -> values by name). fed: values that entered at the slots read, (B, T, ...), for
+    heads that refine what was fed (a flow over the backbone).
+    """
+
+    step: Step
+    draws: Draws
+    at: Tensor
+    progress: Tensor
+    combine: Combine
+    pick: Callable[[Tensor, "Ask"], dict[str, Tensor]] | None = None
+    fed: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Head(nn.Module, ABC):
+    """Distribution of targets given hidden states; `route` names in a plan choose among several."""
+
+    @abstractmethod
+    def loss(self, h: Tensor, targets: dict[str, Tensor], draws: dict[str, Tensor] | None = None) -> Tensor:
+        """h (B, T, C), true values (B, T, ...), the objective's noise and times -> loss of each target (B, T)."""
+
+    @abstractmethod
+    def sample(self, h: Tensor, ask: Ask) -> dict[str, Tensor]:
+        """h (R, B, T, C) -> values (B, T, ...) by name, the form the canvas takes."""

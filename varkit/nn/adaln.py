@@ -1,0 +1,102 @@
+"""Transformer blocks steered by a condition vector (AdaLN, DiT arXiv 2212.09748; VAR's order of the six vectors).
+
+Legend: N rows, L slots, C width, D condition width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkit.nn.attention import CosineNorm, CrossAttention, NoNorm, Rotation, SelfAttention, Window
+from varkit.nn.linear import Linear
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), Linear; (N, L, C) -> (N, L, C)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, times (1 + scale), plus shift; scale and shift (N, 1, C)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: zero whole samples of a residual branch with probability `rate`, scaling the rest up."""
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], *([1] * (x.ndim - 1)), device=x.device, dtype=x.dtype) >= rate
+    return x * keep / (1 - rate)
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One AdaLN block. `memory_width` > 0 adds cross-attention to a prompt between attention and feed-forward."""
+
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    cosine: bool = True
+    shared_modulation: bool = False
+    memory_width: int = 0
+    norm_eps: float = 1e-6
+
+
+class AdaLNBlock(nn.Module):
+    """x += g1 * Attn(LN(x) (1 + s1) + b1); [x += Cross(LN(x))]; x += g2 * FFN(LN(x) (1 + s2) + b2).
+
+    The six vectors (g1, g2, s1, s2, b1, b2) come from a linear of the condition in each block, or from one shared by all
+    blocks plus a learned offset of the block's own.
+    """
+
+    def __init__(self, config: BlockConfig, condition_width: int, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        width = config.width
+        self.drop_path_rate, self.eps = drop_path_rate, config.norm_eps
+        norm = CosineNorm(config.heads) if config.cosine else NoNorm(0.25 / (width // config.heads) ** 0.5)
+        self.attention = SelfAttention(width, config.heads, norm)
+        self.ffn = FeedForward(width, round(width * config.mlp_ratio))
+        if config.shared_modulation:
+            self.modulation_offset = nn.Parameter(torch.randn(6, width) / width**0.5)
+        else:
+            self.modulation = Linear(condition_width, 6 * width)
+        self.shared = config.shared_modulation
+        if config.memory_width:
+            self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
+            self.cross = CrossAttention(width, config.heads, config.memory_width)
+
+    def vectors(self, condition: Tensor, shared: Tensor | None) -> Tensor:
+        """The block's six vectors, (N, 6, C), from the condition (N, D) or the shared six (N, 6, C)."""
+        if self.shared:
+            assert shared is not None
+            return shared + self.modulation_offset
+        return self.modulation(F.silu(condition)).unflatten(-1, (6, -1))
+
+    def forward(
+        self,
+        x: Tensor,
+        vectors: Tensor,
+        window: Window,
+        layer: int,
+        memory: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        rotate: Rotation | None = None,
+        port=None,
+    ) -> Tensor:
+        """x (N, L, C), vectors (N, 6, C), memory = keys, values, mask of the prompt; `port` sees the attention's output."""
+        g1, g2, s1, s2, b1, b2 = (vectors[:, i : i + 1] for i in range(6))
+        mixed = self.attention(modulate(x, s1, b1, self.eps), window, layer, rotate)
+        if port is not None:
+            mixed = port(mixed)
+        x = x + drop_path(g1 * mixed, self.drop_path_rate, self.training)
+        if memory is not None:
+            x = x + drop_path(self.cross(self.cross_norm(x), *memory), self.drop_path_rate, self.training)
+        return x + drop_path(g2 * self.ffn(modulate(x, s2, b2, self.eps)), self.drop_path_rate, self.training)

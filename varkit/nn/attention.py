@@ -1,0 +1,163 @@
+"""The one attention of the library: queries against views that a window hands out.
+
+A window is what a layer may look at during one step: the packed training sequence, or a cache policy's keys and values.
+Modules give it q, k, v and receive views, one for each group of heads, so that policies may keep different slots for
+different heads without the block knowing. Legend: N = branches x samples, H heads, L queries, S keys, E head width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkit.nn.linear import Linear
+
+
+@dataclass(frozen=True)
+class View:
+    """Keys and values that a group of heads attends to.
+
+    k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible; None sees all. heads: the query heads
+    it serves, None = all.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    heads: slice | None = None
+
+
+class Window(Protocol):
+    """What the layers may see during one step."""
+
+    def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
+        """Take a layer's q (N, H, L, E), k and v (N, Hkv, L, E), return what the queries attend to."""
+        ...
+
+
+class Packed:
+    """Window of a packed sequence without a cache: training, and the slow twin of cached decoding.
+
+    `own` is a step's visibility among its slots: None, (L, L) or (B, L, L) bool; `branches` repeats it over conditions.
+    `valid` (B, L) hides padding.
+    """
+
+    def __init__(self, own: Tensor | None, valid: Tensor | None = None, branches: int = 1) -> None:
+        if valid is not None:
+            mask = valid[:, None, :]
+            own = mask if own is None else own & mask
+        if own is not None and own.ndim == 3:
+            own = own[:, None].repeat(branches, 1, 1, 1)
+        self.mask = own
+
+    def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
+        return [View(k, v, None if self.mask is None else self.mask.to(q.device))]
+
+
+def attend(q: Tensor, views: Sequence[View], scale: float | None = None) -> Tensor:
+    """Softmax attention of q (N, H, L, E) over views -> (N, H, L, E); fewer key heads than query heads are shared."""
+    parts = []
+    for view in views:
+        queries = q if view.heads is None else q[:, view.heads]
+        shared = queries.shape[1] != view.k.shape[1]
+        parts.append(
+            F.scaled_dot_product_attention(
+                queries, view.k, view.v, attn_mask=view.mask, scale=scale, enable_gqa=shared
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class CosineNorm(nn.Module):
+    """VAR's cosine attention: unit queries times a learned, clamped scale per head, and unit keys (softmax scale 1)."""
+
+    scale = 1.0
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((heads, 1, 1), 4.0).log())
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        factor = self.log_scale.clamp(max=torch.log(torch.tensor(100.0)).item()).exp()
+        return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
+
+
+class NoNorm(nn.Module):
+    """Plain dot products; VAR without cosine attention scales by 0.25 / sqrt(E), Llama by 1 / sqrt(E) (None)."""
+
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
+
+
+Rotation = Callable[[Tensor], Tensor]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with a fused projection, over whatever the window shows.
+
+    bias "qv" is VAR's: queries and values have one, keys none. x (N, L, C) -> (N, L, C).
+    """
+
+    def __init__(
+        self, width: int, heads: int, norm: nn.Module, *, kv_heads: int | None = None, bias: str = "qv", out_bias: bool = True
+    ) -> None:
+        super().__init__()
+        assert width % heads == 0 and bias in ("qv", "none")
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads or heads, width // heads
+        inner = self.kv_heads * self.head_width
+        self.qkv = Linear(width, width + 2 * inner, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(inner)) if bias == "qv" else None
+        self.norm = norm
+        self.out = Linear(width, width, bias=out_bias)
+
+    def forward(self, x: Tensor, window: Window, layer: int, rotate: Rotation | None = None) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self._project(x)
+        q = q.view(n, length, self.heads, self.head_width).transpose(1, 2)
+        k, v = (t.view(n, length, self.kv_heads, self.head_width).transpose(1, 2) for t in (k, v))
+        q, k = self.norm(q, k)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        mixed = attend(q, window.views(layer, q, k, v), self.norm.scale)
+        return self.out(mixed.transpose(1, 2).reshape(n, length, width))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inner = self.kv_heads * self.head_width
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        q, k, v = self.qkv(x, bias).split([x.shape[-1], inner, inner], dim=-1)
+        return q, k, v
+
+
+class CrossAttention(nn.Module):
+    """Attention to a memory (a prompt) whose keys and values are projected once for a run.
+
+    `project(memory (N, M, D))` -> k, v (N, H, M, E); forward(x (N, L, C), k, v, mask (N, 1, 1, M)) -> (N, L, C).
+    """
+
+    def __init__(self, width: int, heads: int, memory_width: int) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.q = Linear(width, width)
+        self.kv = Linear(memory_width, 2 * width)
+        self.out = Linear(width, width)
+
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        n, m, _ = memory.shape
+        k, v = self.kv(memory).view(n, m, 2, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        n, length, width = x.shape
+        q = self.q(x).view(n, length, self.heads, self.head_width).transpose(1, 2)
+        mixed = attend(q, [View(k, v, mask)])
+        return self.out(mixed.transpose(1, 2).reshape(n, length, width))

@@ -1,0 +1,198 @@
+"""The convolutional encoder and decoder of VQGAN (arXiv 2012.09841), which VAR and LlamaGen share.
+
+Residual blocks at each resolution, halved by stride-2 convolutions and doubled by nearest-neighbour
+upsampling, with single-head attention where the grid is small. Level i works at 1 / 2**i of the image in
+both directions, so `encoder.levels[i]` and `decoder.levels[i]` see the same grid; the decoder runs its
+levels from the last to the first.
+Legend: B batch, H W image, h w latent grid, C channels of a level.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkit.errors import UserError
+
+MAX_GROUPS = 32
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Sizes of the encoder and of its mirror image. The defaults are VAR's published tokenizer.
+
+    `attention` puts attention after each block of the lowest level and in the middle; small grids do without
+    it.
+    """
+
+    channels: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    latent_channels: int = 32
+    attention: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(
+                f"multipliers {self.multipliers} must be one or more integers >= 1, e.g. (1, 2, 4)"
+            )
+        for name in ("channels", "res_blocks", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for width in self.widths:
+            if width % min(MAX_GROUPS, width):
+                raise UserError(
+                    f"a level of {width} channels does not split into {MAX_GROUPS} normalisation groups; "
+                    f"choose channels {self.channels} below {MAX_GROUPS}, or a multiple of it"
+                )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.channels * m for m in self.multipliers)
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent position covers in each direction."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Normalisation over (at most) 32 groups."""
+    return nn.GroupNorm(min(MAX_GROUPS, channels), channels, eps=EPS)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1 x 1 shortcut where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = group_norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head attention between all positions of a feature map, with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).mT.unsqueeze(1)
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        return x + self.proj(h.squeeze(1).mT.reshape(x.shape))
+
+
+class Downsample(nn.Conv2d):
+    """Halve both sides. Zeros are padded below and to the right only, as in every VQGAN descendant."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Double both sides: each value is repeated 2 x 2, then convolved."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each with attention where asked, then the change of resolution."""
+
+    def __init__(self, widths: list[int], attention: bool, resample: nn.Module) -> None:
+        super().__init__()
+        pairs = zip(widths, widths[1:], strict=False)
+        self.blocks = nn.ModuleList(ResBlock(inputs, outputs) for inputs, outputs in pairs)
+        self.attention = nn.ModuleList(Attention(w) if attention else nn.Identity() for w in widths[1:])
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attention in zip(self.blocks, self.attention, strict=True):
+            x = attention(block(x))
+        return self.resample(x)
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, attention: bool) -> None:
+        super().__init__()
+        self.block1 = ResBlock(channels, channels)
+        self.attention = Attention(channels) if attention else nn.Identity()
+        self.block2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block2(self.attention(self.block1(x)))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> features (B, latent_channels, H / stride, W / stride)."""
+
+    def __init__(self, config: ConvConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[i - 1] if i else config.channels
+            down = Downsample(width) if i < last else nn.Identity()
+            self.levels.append(
+                Level([before] + [width] * config.res_blocks, config.attention and i == last, down)
+            )
+        self.middle = Middle(widths[-1], config.attention)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, latent_channels, h, w) -> images (B, 3, h * stride, w * stride), not clamped."""
+
+    def __init__(self, config: ConvConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.middle = Middle(widths[-1], config.attention)
+        self.levels = nn.ModuleList()
+        for i, width in enumerate(widths):
+            before = widths[i + 1] if i < last else width
+            up = Upsample(width) if i > 0 else nn.Identity()
+            # One block more than the encoder's, as published.
+            self.levels.append(
+                Level([before] + [width] * (config.res_blocks + 1), config.attention and i == last, up)
+            )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(features))
+        for level in reversed(self.levels):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

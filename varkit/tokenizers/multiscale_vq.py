@@ -1,0 +1,310 @@
+"""VAR's multi-scale residual VQ tokenizer (arXiv 2404.02905): an image as a pyramid of id maps.
+
+One codebook serves all levels. With f the encoder's features and f_hat_0 = 0, level k quantises what is
+still missing:
+
+    ids_k = nearest(area(f - f_hat_k-1)),    f_hat_k = f_hat_k-1 + phi_k(bicubic(codebook[ids_k]))
+
+so any prefix of levels decodes to a coarse picture, and f_hat is the only state there is: `accumulate`
+advances it and `next_input` reads from it what a generator is fed. All of it runs in float32 whatever the
+network around it does.
+Legend: B batch, H W image, h w latent grid, D code channels, V codes, K levels, L positions, n positions of
+a level.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkit.errors import UserError
+from varkit.plans.schedule import Schedule, Side
+from varkit.tokenizers.base import Latents, Tokenizer
+from varkit.tokenizers.codebook import Codebook
+from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder
+
+if TYPE_CHECKING:
+    from varkit.canvases.base import Canvas
+
+Override = Callable[[int, Tensor], Tensor]
+"""(level, ids (B, n)) -> the ids (B, n) to use instead: edits, watermarks, self-correction."""
+
+
+def phi_index(level: int, levels: int, phis: int) -> int:
+    """Which of `phis` convolutions serves `level` of `levels`: the nearest of ticks spread over [0, 1].
+
+    Ties are decided by float64 rounding (10 levels and 4 phis have two), so the arithmetic is the published
+    one.
+    """
+    edge = 1 / (3 * phis) if phis == 4 else 1 / (2 * phis)
+    ticks = np.linspace(edge, 1 - edge, phis)
+    return int(np.argmin(np.abs(ticks - (level / (levels - 1) if levels > 1 else 0.0))))
+
+
+class Phi(nn.Conv2d):
+    """phi(x) = (1 - ratio) x + ratio conv(x): repairs what upsampling a coarse map blurs."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            assert self.bias is not None
+            conv = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)
+        return (1 - self.ratio) * x + self.ratio * conv
+
+
+@dataclass
+class Quantized:
+    """The quantizer's training pass: `ids` (B, L) stand for the vectors `residuals` (B, L, D)."""
+
+    features: Tensor
+    loss: Tensor
+    ids: Tensor
+    residuals: Tensor
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Features (B, D, h, w) <-> ids (B, L). `phis` convolutions are shared by the levels; 0 does without."""
+
+    def __init__(self, codebook: Codebook, phis: int, phi_ratio: float = 0.5, beta: float = 0.25) -> None:
+        super().__init__()
+        self.embedding = codebook
+        self.beta = beta
+        channels = codebook.weight.shape[1]
+        self.phis = nn.ModuleList(Phi(channels, phi_ratio) for _ in range(phis))
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes as they are used, (V, D) float32."""
+        return self.embedding.codes
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Ids (B, n) -> codes (B, n, D)."""
+        return self.embedding(ids)
+
+    def zeros(self, batch: int, schedule: Schedule) -> Tensor:
+        """f_hat before any level, (B, D, h, w)."""
+        return self.codebook.new_zeros(batch, self.codebook.shape[1], *schedule.last)
+
+    def accumulate(self, f_hat: Tensor, level: int, codes: Tensor, schedule: Schedule) -> Tensor:
+        """Add one level's codes (B, n, D) to f_hat (B, D, h, w); returns the new f_hat."""
+        h = codes.mT.reshape(len(codes), -1, *schedule.sides[level])
+        if schedule.sides[level] != schedule.last:
+            h = F.interpolate(h, schedule.last, mode="bicubic")
+        if self.phis:
+            h = self.phis[phi_index(level, len(schedule), len(self.phis))](h)
+        return f_hat + h
+
+    def next_input(self, f_hat: Tensor, level: int, schedule: Schedule) -> Tensor:
+        """What a generator is fed at `level`: the sum of the levels before it, (B, n, D)."""
+        return self._area(f_hat, schedule.sides[level])
+
+    def encode(
+        self,
+        f: Tensor,
+        schedule: Schedule,
+        start_level: int = 0,
+        f_hat: Tensor | None = None,
+        override: Override | None = None,
+    ) -> Tensor:
+        """Features (B, D, h, w) -> ids (B, L).
+
+        With `start_level` and the `f_hat` of the levels before it (any f_hat: sampled, edited), the ids of
+        the remaining levels, which correct towards f whatever came before.
+        """
+        f = self._check(f, schedule)
+        f_hat = self.zeros(len(f), schedule) if f_hat is None else f_hat
+        ids = []
+        for level in range(start_level, len(schedule)):
+            chosen = self.embedding.nearest(self._area(f - f_hat, schedule.sides[level]))
+            ids.append(chosen if override is None else override(level, chosen))
+            f_hat = self.accumulate(f_hat, level, self.lookup(ids[-1]), schedule)
+        return torch.cat(ids, 1)
+
+    def features(self, ids: Tensor, schedule: Schedule, levels: int | None = None) -> Tensor:
+        """Ids (B, L), or a prefix that covers `levels` -> f_hat (B, D, h, w)."""
+        levels = len(schedule) if levels is None else levels
+        if not 0 <= levels <= len(schedule):
+            raise UserError(f"levels is {levels}; the schedule {schedule.sides} has 0 to {len(schedule)}")
+        if ids.shape[1] < schedule.offsets[levels]:
+            raise UserError(
+                f"{ids.shape[1]} ids do not fill the first {levels} levels of {schedule.sides}, which take "
+                f"{schedule.offsets[levels]}; give the schedule they were encoded with, or fewer levels"
+            )
+        f_hat = self.zeros(len(ids), schedule)
+        for level in range(levels):
+            level_ids = ids[:, schedule.offsets[level] : schedule.offsets[level + 1]]
+            f_hat = self.accumulate(f_hat, level, self.lookup(level_ids), schedule)
+        return f_hat
+
+    def forward(self, f: Tensor, schedule: Schedule) -> Quantized:
+        """Quantise for training: gradients pass straight through to f; codes and phis learn from the loss."""
+        f = self._check(f, schedule)
+        target = f.detach()
+        f_hat = self.zeros(len(f), schedule)
+        loss = f.new_zeros(())
+        ids, residuals = [], []
+        for level, side in enumerate(schedule.sides):
+            residuals.append(self._area(target - f_hat.detach(), side))
+            ids.append(self.embedding.nearest(residuals[-1]))
+            f_hat = self.accumulate(f_hat, level, self.lookup(ids[-1]), schedule)
+            loss = loss + self.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, target)
+        return Quantized(
+            features=f + (f_hat - f).detach(),
+            loss=loss / len(schedule),
+            ids=torch.cat(ids, 1),
+            residuals=torch.cat(residuals, 1),
+        )
+
+    @torch.no_grad()
+    def initialize_codebook(self, f: Tensor, schedule: Schedule, generator: torch.Generator) -> None:
+        """Replace the codes by residual vectors of f (B, D, h, w), from each level in proportion to its size.
+
+        Level by level, each with the codes drawn so far, so that fine levels start from true residuals.
+        """
+        f = self._check(f, schedule)
+        f_hat = self.zeros(len(f), schedule)
+        weight = self.embedding.weight
+        ends = [len(weight) * offset // schedule.total for offset in schedule.offsets]
+        for level, side in enumerate(schedule.sides):
+            vectors = self._area(f - f_hat, side)
+            rows = vectors.flatten(0, 1)
+            start, end = ends[level], ends[level + 1]
+            # Each vector once before any comes again: twin codes would never part.
+            order = torch.randperm(len(rows), generator=generator).to(rows.device)
+            chosen = order[torch.arange(end - start, device=rows.device) % len(rows)]
+            weight[start:end] = rows[chosen].to(weight.dtype)
+            f_hat = self.accumulate(f_hat, level, self.lookup(self.embedding.nearest(vectors)), schedule)
+
+    @staticmethod
+    def _area(f: Tensor, side: tuple[int, int]) -> Tensor:
+        if tuple(f.shape[2:]) != side:
+            f = F.interpolate(f, side, mode="area")
+        return f.flatten(2).mT
+
+    def _check(self, f: Tensor, schedule: Schedule) -> Tensor:
+        if tuple(f.shape[2:]) != schedule.last:
+            raise UserError(
+                f"features on a {tuple(f.shape[2:])} grid do not fit the schedule's finest, {schedule.last}; "
+                f"give a schedule that ends with {tuple(f.shape[2:])}"
+            )
+        return f.to(self.codebook.dtype)
+
+
+class QuantizedTokenizer(Tokenizer):
+    """Convolutional encoder and decoder around a quantizer; what multi-scale and single-scale VQ share."""
+
+    def __init__(
+        self, conv: ConvConfig, quantizer: MultiScaleQuantizer, schedule: Schedule, kernel: int
+    ) -> None:
+        super().__init__()
+        channels = quantizer.codebook.shape[1]
+        self.stride = conv.stride
+        self.schedule = schedule
+        self.quantizer = quantizer
+        self.encoder = Encoder(conv)
+        self.quant_conv = nn.Conv2d(conv.latent_channels, channels, kernel, padding=kernel // 2)
+        self.post_quant_conv = nn.Conv2d(channels, conv.latent_channels, kernel, padding=kernel // 2)
+        self.decoder = Decoder(conv)
+
+    def encode_features(self, images: Tensor, schedule: Schedule | None = None) -> Tensor:
+        """Images (B, 3, H, W) -> f (B, D, h, w) float32, not quantised."""
+        self.check_images(images, schedule)
+        f = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        return f.to(self.quantizer.codebook.dtype)
+
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """f_hat (B, D, h, w) -> images (B, 3, h * stride, w * stride) float32 clamped to [-1, 1]."""
+        return self.reconstruct(f_hat).clamp(-1, 1)
+
+    def reconstruct(self, f_hat: Tensor) -> Tensor:
+        """`decode_features` before the clamp, which has no gradient outside [-1, 1]."""
+        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))).float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, schedule: Schedule | None = None) -> Latents:
+        return {
+            "ids": self.quantizer.encode(self.encode_features(images, schedule), schedule or self.schedule)
+        }
+
+    @torch.no_grad()
+    def decode(self, latents: Latents, schedule: Schedule | None = None, levels: int | None = None) -> Tensor:
+        return self.decode_features(
+            self.quantizer.features(latents["ids"], schedule or self.schedule, levels)
+        )
+
+    def training_forward(self, images: Tensor, schedule: Schedule | None = None) -> dict[str, Tensor]:
+        """Images -> what the losses and the codebook's keeper need.
+
+        `reconstruction` (B, 3, H, W) not clamped, `vq_loss` (), `ids` (B, L), and `residuals` (B, L, D), the
+        vectors that the ids stand for.
+        """
+        quantized = self.quantizer(self.encode_features(images, schedule), schedule or self.schedule)
+        return {
+            "reconstruction": self.reconstruct(quantized.features),
+            "vq_loss": quantized.loss,
+            "ids": quantized.ids,
+            "residuals": quantized.residuals,
+        }
+
+    @torch.no_grad()
+    def initialize_codebook(self, images: Tensor, generator: torch.Generator) -> None:
+        """Start the codes from the features of `images` (B, 3, H, W), before training."""
+        self.quantizer.initialize_codebook(self.encode_features(images), self.schedule, generator)
+
+
+@dataclass(frozen=True)
+class MultiScaleVQConfig:
+    """The defaults are VAR's published tokenizer (108.9M parameters, stride 16).
+
+    `phi_sharing`: 0 one phi for each level, 1 one for all, n partially shared.
+    """
+
+    conv: ConvConfig = ConvConfig()
+    vocab_size: int = 4096
+    code_channels: int = 32
+    schedule: tuple[Side, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    phi_sharing: int = 4
+    phi_ratio: float = 0.5
+    beta: float = 0.25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "schedule", tuple(s if isinstance(s, int) else tuple(s) for s in self.schedule)
+        )
+        Schedule.parse(self.schedule)
+        for name, least in (("vocab_size", 2), ("code_channels", 1), ("phi_sharing", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.phi_ratio <= 1:
+            raise UserError(f"phi_ratio {self.phi_ratio} is outside [0, 1]; 0.5 is VAR's")
+
+    def build(self) -> "MultiScaleVQ":
+        """Make the tokenizer, freshly initialised."""
+        return MultiScaleVQ(self)
+
+
+class MultiScaleVQ(QuantizedTokenizer):
+    """VAR's tokenizer: images <-> ids (B, L) over a pyramid."""
+
+    def __init__(self, config: MultiScaleVQConfig) -> None:
+        schedule = Schedule.parse(config.schedule)
+        quantizer = MultiScaleQuantizer(
+            Codebook(config.vocab_size, config.code_channels),
+            phis=config.phi_sharing or len(schedule),
+            phi_ratio=config.phi_ratio,
+            beta=config.beta,
+        )
+        super().__init__(config.conv, quantizer, schedule, kernel=3)
+        self.config = config
+
+    def canvas(self, batch: int, schedule: Schedule | None = None) -> "Canvas":
+        from varkit.canvases.pyramid import PyramidCanvas
+
+        return PyramidCanvas(self.quantizer, batch, schedule or self.schedule, show=self.decode_features)
