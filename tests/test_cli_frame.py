@@ -165,7 +165,7 @@ def test_missing_options_are_named(
         (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2, ["'x' is a folder"]),
         (FileNotFoundError("no path known"), 1, ["FileNotFoundError: no path known"]),
         (RuntimeError("shapes\n  differ."), 1, ["RuntimeError: shapes differ; run with --debug"]),
-        (MemoryError(), 1, ["MemoryError"]),
+        (MemoryError(), 1, ["error: MemoryError; run with"]),
         (OSError(errno.ENOSPC, "No space left on device", "a.png"), 1, ["'a.png'", "free some space"]),
         (ModuleNotFoundError("No module", name="gradio.themes"), 1, ["pip install 'varkit[studio]'"]),
         (KeyboardInterrupt(), 130, ["varkit: interrupted; "]),
@@ -212,6 +212,13 @@ def test_reader_that_leaves_is_no_error() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=20) == 141
+
+
+def test_exit_code_survives_a_lost_stderr() -> None:
+    process = subprocess.Popen([*VARKIT, "vershon"], stderr=subprocess.PIPE)
+    assert process.stderr
+    process.stderr.close()
+    assert process.wait(timeout=20) == 2
 
 
 def test_broken_pipe_of_a_worker_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,8 +132,8 @@ def test_accumulate_is_bicubic_then_phi() -> None:
         codes = torch.randn(2, schedule.lengths[level], 8, generator=seeded(level))
         h = codes.transpose(1, 2).reshape(2, 8, *schedule.sides[level])
         h = F.interpolate(h, (4, 4), mode="bicubic", align_corners=False)
-        phi = quantizer.phis[level]
-        expected = 0.5 * h + 0.5 * F.conv2d(h, phi.weight, phi.bias, padding=1)
+        phi = dict(quantizer.phis[level].named_parameters())
+        expected = 0.5 * h + 0.5 * F.conv2d(h, phi["weight"], phi["bias"], padding=1)
         f_hat = quantizer.accumulate(torch.ones(2, 8, 4, 4), level, codes, schedule)
         torch.testing.assert_close(f_hat, 1 + expected)
 
@@ -397,7 +397,7 @@ def test_bfloat16_network_keeps_the_quantizer_in_float32() -> None:
 def test_channels_last_gives_the_same_ids() -> None:
     plain, images = make(), waves(2)
     ids = plain.encode(images)["ids"]
-    fast = make().to(memory_format=torch.channels_last)
+    fast = make().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert (fast.encode(images.to(memory_format=torch.channels_last))["ids"] == ids).float().mean() > 0.97
 
 
@@ -460,6 +460,7 @@ def test_discriminator_phases() -> None:
     value, metrics = loss.generator(out, images, step=5, last_layer=last)
     # The adaptive weight makes both gradients at the last layer equally long, up to its 1e-4 guard.
     pixels = 0.2 * F.l1_loss(out["reconstruction"], images) + F.mse_loss(out["reconstruction"], images)
+    assert loss.discriminator is not None
     critic = -loss.discriminator(out["reconstruction"]).mean()
     lengths = [torch.autograd.grad(t, last, retain_graph=True)[0].norm().item() for t in (pixels, critic)]
     assert metrics["adversarial_weight"] == pytest.approx(0.4 * lengths[0] / (lengths[1] + 1e-4), rel=1e-3)

@@ -7,7 +7,6 @@ A traceback is printed only with `--debug`.
 
 import contextlib
 import io
-import os
 import select
 import sys
 import traceback
@@ -47,14 +46,12 @@ def run_guarded(command: Callable[[], int | None], debug: bool = False) -> int:
         return code
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
-            _discard_output()
             return READER_LEFT
-        if debug:
-            traceback.print_exc()
         code, line = explain(error)
-        print("varkit: " + " ".join(line.split()), file=sys.stderr)
-        if not _output_works():
-            _discard_output()
+        with contextlib.suppress(OSError):  # stderr may be gone too; the exit code still tells
+            if debug:
+                traceback.print_exc()
+            print("varkit: " + " ".join(line.split()), file=sys.stderr)
         return code
 
 
@@ -74,8 +71,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         module = (error.name or "").partition(".")[0]
         if extra := EXTRA_OF_MODULE.get(module):
             return BROKE, f"error: this needs the package {module!r}; run: pip install 'varkit[{extra}]'"
-    message = str(error)[:500].rstrip(". ")
-    return BROKE, f"error: {type(error).__name__}: {message}; run with --debug for the traceback"
+    message = f"{type(error).__name__}: {str(error)[:500]}".rstrip(":. \n")
+    return BROKE, f"error: {message}; run with --debug for the traceback"
 
 
 def _raised_by_varkit(error: BaseException) -> bool:
@@ -83,14 +80,6 @@ def _raised_by_varkit(error: BaseException) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     modules = [frame.f_globals.get("__name__", "") for frame, _ in frames]
     return bool(modules) and modules[-1].partition(".")[0] == "varkit"
-
-
-def _output_works() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
 
 
 def _reader_left() -> bool:
@@ -102,11 +91,3 @@ def _reader_left() -> bool:
         with contextlib.suppress(io.UnsupportedOperation):  # a stream without a file cannot break
             poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _discard_output() -> None:
-    """Let the interpreter's own flush at exit go nowhere, else it fails again and changes the exit code."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.dup2(nowhere, sys.stderr.fileno())
-    os.close(nowhere)

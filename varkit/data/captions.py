@@ -2,21 +2,22 @@
 
     caption   = phrase [ ("and" | relation) phrase ] [ background ]      or the background first, with a comma
     phrase    = [ count ] [ size ] colour shape                          "a small red circle", "2 blue stars"
-    relation  = "left of" | "right of" | "above" | "below"               the first phrase relative to the second
-    background = "on a navy background"
+    relation  = "left of" | "right of" | "above" | "below"               the first phrase relative to the
+    second background = "on a navy background"
 
-Every alternative wording is listed in a table whose first entry is the canonical one, so that writer, parser and
-vocabulary cannot drift apart. A scene holds exactly what its caption says; what it leaves open (size, background) is free.
+Every alternative wording is listed in a table whose first entry is the canonical one, so that writer, parser
+and vocabulary cannot drift apart. A scene holds exactly what its caption says; what it leaves open (size,
+background) is free.
 """
 
 import itertools
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from varkit.data.render import BACKGROUNDS, COLOURS, FORBIDDEN, SHAPES, SIZES
+from varkit.data.render import BACKGROUNDS, COLOURS, FORBIDDEN, SHAPES
 from varkit.errors import UserError, unknown_name
 
 T = TypeVar("T")
@@ -43,14 +44,14 @@ def _plural(shape: str) -> str:
 
 def words(caption: str) -> list[str]:
     """Split a caption into its words, lower case and without punctuation."""
-    return re.findall(r"[a-z0-9]+", caption.lower())
+    return re.findall(r"\w+", caption.lower())
 
 
 def _vocabulary() -> tuple[str, ...]:
-    tables: list[dict[int, tuple[str, ...]] | dict[str, tuple[str, ...]]] = [_COUNTS, _SIZES, _RELATIONS]
-    wordings = [wording for table in tables for options in table.values() for wording in options]
-    wordings += [*COLOURS, *SHAPES, *map(_plural, SHAPES), *BACKGROUNDS, *_ON, *_READ_ONLY, "and", "background"]
-    return tuple(sorted({word for wording in wordings for word in wording.split()}))
+    wordings = itertools.chain(*_COUNTS.values(), *_SIZES.values(), *_RELATIONS.values())
+    nouns = (*SHAPES, *map(_plural, SHAPES), "background")
+    single = (*COLOURS, *BACKGROUNDS, *nouns, *_ON, *_READ_ONLY, "and")
+    return tuple(sorted({word for wording in wordings for word in wording.split()}.union(single)))
 
 
 WORDS = _vocabulary()
@@ -69,7 +70,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a caption demands of a picture. `relation` is that of the first phrase's objects to the second's."""
+    """What a caption demands of a picture; `relation` is that of the first phrase's objects to the second's."""
 
     phrases: tuple[Phrase, ...]
     relation: str | None = None
@@ -84,8 +85,8 @@ class Requirement:
         for phrase in self.phrases:
             if phrase.colour in FORBIDDEN[self.background]:
                 raise UserError(
-                    f"{phrase.colour} objects are not drawn on a {self.background} background, where they are hard to "
-                    f"see; use {', '.join(backgrounds_for([phrase.colour]))}"
+                    f"{phrase.colour} objects are not drawn on a {self.background} background, where they are "
+                    f"hard to see; use {', '.join(backgrounds_for([phrase.colour]))}"
                 )
 
     @property
@@ -97,10 +98,10 @@ class Requirement:
     def category(self) -> str:
         """The GenEval category, told by the form alone.
 
-        position: a relation is said. counting: more than one object of a phrase. One object is `colors` where its
-        background is said too, so that two colours must land in the right places, otherwise `single_object`. Two
-        objects are `attribute_binding` where exchanging their colours would make another picture, and `two_object`
-        where it would not (they share the colour or the shape).
+        position: a relation is said. counting: more than one object of a phrase. One object is `colors` where
+        its background is said too, so that two colours must land in the right places, otherwise
+        `single_object`. Two objects are `attribute_binding` where exchanging their colours would make another
+        picture, and `two_object` where it would not (they share the colour or the shape).
         """
         if self.relation:
             return "position"
@@ -114,14 +115,16 @@ class Requirement:
 
 def backgrounds_for(colours: Sequence[str]) -> tuple[str, ...]:
     """Return the backgrounds on which objects of all these colours can be seen; grey is always among them."""
-    return tuple(name for name, hidden in FORBIDDEN.items() if not any(colour in hidden for colour in colours))
+    return tuple(
+        name for name, hidden in FORBIDDEN.items() if not any(colour in hidden for colour in colours)
+    )
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------
 
 
 def pick(options: Sequence[T], rng: random.Random) -> T:
-    """Choose one; built on `random()`, the only method whose values Python promises to keep between versions."""
+    """Choose one, by `random()`: the only method whose values Python promises to keep between versions."""
     return options[int(rng.random() * len(options))]
 
 
@@ -132,7 +135,7 @@ def _slots(phrase: Phrase) -> list[tuple[str, ...]]:
 
 
 def _layouts(requirement: Requirement) -> list[list[tuple[str, ...]]]:
-    """The sentence as slots of alternative wordings, once for each word order; first of all is the canonical one."""
+    """The sentence as slots of alternative wordings, once for each word order, the canonical order first."""
     body = _slots(requirement.phrases[0])
     for phrase in requirement.phrases[1:]:
         body += [_RELATIONS[requirement.relation] if requirement.relation else ("and",), *_slots(phrase)]
@@ -151,7 +154,9 @@ def write(requirement: Requirement, rng: random.Random | None = None) -> str:
     layouts = _layouts(requirement)
     if rng is None or rng.random() < 0.5:
         return _sentence([options[0] for options in layouts[0]])
-    return _sentence([options[0] if len(options) == 1 else pick(options, rng) for options in pick(layouts, rng)])
+    return _sentence(
+        [options[0] if len(options) == 1 else pick(options, rng) for options in pick(layouts, rng)]
+    )
 
 
 def paraphrases(requirement: Requirement) -> Iterator[str]:
@@ -160,10 +165,10 @@ def paraphrases(requirement: Requirement) -> Iterator[str]:
         yield from map(_sentence, itertools.product(*layout))
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------
 
 
-def _meanings(table: dict[T, tuple[str, ...]]) -> dict[str, T]:
+def _meanings(table: Mapping[T, tuple[str, ...]]) -> dict[str, T]:
     return {wording: meaning for meaning, options in table.items() for wording in options}
 
 
@@ -183,11 +188,13 @@ _CAPTION = re.compile(rf"(?:{_PLACE} )?{_PHRASE}(?: {_any(['and', *_RELATION_OF]
 
 
 def _phrase(count: str | None, size: str | None, colour: str, shape: str) -> Phrase:
-    return Phrase(_COUNT_OF[count] if count else 1, _SIZE_OF[size] if size else None, colour, _SHAPE_OF[shape])
+    return Phrase(
+        _COUNT_OF[count] if count else 1, _SIZE_OF[size] if size else None, colour, _SHAPE_OF[shape]
+    )
 
 
 def parse(caption: str) -> Requirement:
-    """Read a caption back to what it demands; raise `UserError` naming the word or the form that is not known."""
+    """Read a caption back to what it demands; a `UserError` names the word or the form that is not known."""
     said = words(caption)
     for word in said:
         if word not in WORDS:
@@ -195,8 +202,8 @@ def parse(caption: str) -> Requirement:
     match = _CAPTION.fullmatch(" ".join(_READ_ONLY.get(word, word) for word in said))
     if match is None:
         raise UserError(
-            f"cannot read the caption {caption!r}: say COUNT SIZE COLOUR SHAPE, as in 'a red circle', 'three small blue "
-            f"stars', 'a green ring left of an orange heart on a navy background'"
+            f"cannot read the caption {caption!r}: say COUNT SIZE COLOUR SHAPE, as in 'a red circle', 'three small "
+            f"blue stars', 'a green ring left of an orange heart on a navy background'"
         )
     _, before, *first, link, count, size, colour, shape, _, after = match.groups()
     if before and after:

@@ -80,8 +80,11 @@ def _remedy() -> str:
 
 def _drawn_characters(font: ImageFont.FreeTypeFont) -> list[str]:
     symbols = [chr(code) for code in CODE_POINTS if unicodedata.name(chr(code), "")]
+    inked = [symbol for symbol in symbols if _has_ink(font, symbol)]
+    if not _has_ink(font, ABSENT):
+        return inked
     absent = _draw(font, ABSENT)
-    return [symbol for symbol in symbols if _has_ink(font, symbol) and _draw(font, symbol) != absent]
+    return [symbol for symbol in inked if _draw(font, symbol) != absent]
 
 
 def _has_ink(font: ImageFont.FreeTypeFont, character: str) -> bool:

@@ -26,9 +26,11 @@ LONGEST_CAPTION = 1 << 16
 HEADER_THREADS = 8  # hides the latency of a network disk
 
 
-class CaptionReason(StrEnum):
-    """Why a caption was not used, or a folder not entered."""
+class FolderReason(StrEnum):
+    """Why a sub-folder was not entered, or a caption not used."""
 
+    LINKED = "linked folder not entered"
+    CLOSED = "unreadable folder"
     OUTSIDE = "caption path leaves the folder"
     UNREADABLE = "unreadable caption"
     NO_PICTURE = "caption without a picture"
@@ -83,16 +85,14 @@ class ImageFolder(FiniteDataset):
         names, texts = _walk(self.root, self.report)
         good = self._check_headers(names)
         captions = _read_captions(self.root, names, texts, self.report)
-        self.has_captions = any(captions.get(name) for name in good)
-        classes = {name: name.split("/")[0] if "/" in name else None for name in good}
-        self.class_names = None if None in classes.values() else sorted({str(c) for c in classes.values()})
-        numbers = {name: number for number, name in enumerate(self.class_names or [])}
+        self.class_names, labels = _classes(good)
         self.keys = good
-        self.entries = [Entry(n, numbers.get(str(classes[n]), -1), captions.get(n, "")) for n in good]
+        self.entries = [Entry(n, label, captions.get(n, "")) for n, label in zip(good, labels, strict=True)]
+        without = [entry.name for entry in self.entries if not entry.caption]
+        self.has_captions = len(without) < len(good)
         if self.has_captions:
-            for entry in self.entries:
-                if not entry.caption:
-                    self.report.add(CaptionReason.NO_CAPTION, entry.name)
+            for name in without:
+                self.report.add(FolderReason.NO_CAPTION, name)
 
     def _check_headers(self, names: list[str]) -> list[str]:
         """Return the names of the pictures whose header is sound; count the others."""
@@ -112,9 +112,7 @@ class ImageFolder(FiniteDataset):
         good = [name for name in names if problems[name] is None]
         if not good:
             why = (
-                f"all were skipped: {self.report}"
-                if names
-                else "it has no .jpg, .png, .webp or other picture"
+                f"all were skipped: {self.report}" if names else "it has no .jpg, .png or other picture files"
             )
             raise UserError(f"folder {printable(str(self.root))} gives no pictures: {why}")
         return good
@@ -170,14 +168,14 @@ def _walk(root: Path, report: Report) -> tuple[list[str], set[str]]:
     pictures, texts = [], set()
 
     def unreadable(error: OSError) -> None:
-        report.add("unreadable folder", str(error.filename))
+        report.add(FolderReason.CLOSED, str(error.filename))
 
     for folder, subfolders, files in os.walk(root, onerror=unreadable):
         here = Path(folder)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in subfolders:
             if (here / name).is_symlink():
-                report.add("linked folder not entered", (here / name).relative_to(root).as_posix())
+                report.add(FolderReason.LINKED, (here / name).relative_to(root).as_posix())
         for name in files:
             suffix = PurePath(name).suffix.lower()
             relative = (here / name).relative_to(root).as_posix()
@@ -190,13 +188,24 @@ def _walk(root: Path, report: Report) -> tuple[list[str], set[str]]:
     return sorted(pictures), texts
 
 
+def _classes(names: list[str]) -> tuple[list[str] | None, list[int]]:
+    """Return the first-level sub-folders and each picture's number among them, or None and -1 throughout."""
+    folders = [name.split("/")[0] for name in names if "/" in name]
+    if len(folders) < len(names):
+        return None, [-1] * len(names)
+    classes = sorted(set(folders))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, [numbers[name] for name in folders]
+
+
 def _read_captions(root: Path, names: list[str], texts: set[str], report: Report) -> dict[str, str]:
     """Return caption by picture name; lists of captions override the text files."""
     captions = {}
     for name in names:
         text = PurePath(name).with_suffix(".txt").as_posix()
-        if text in texts and (lines := _read_lines(root, text, report)):
-            captions[name] = next((line for line in map(_one_line, lines) if line), "")
+        if text in texts:
+            lines = map(_one_line, _read_lines(root, text, report))
+            captions[name] = next(filter(None, lines), "")
     known = set(names)
     for caption_list in CAPTION_LISTS:
         if not os.path.lexists(root / caption_list):
@@ -212,17 +221,17 @@ def _read_lines(root: Path, name: str, report: Report) -> Iterator[str]:
     """Yield the lines of a caption file; refuse links out of the folder, pipes, and endless lines."""
     path = root / name
     if not _is_inside(root, path):
-        report.add(CaptionReason.OUTSIDE, name)
+        report.add(FolderReason.OUTSIDE, name)
         return
     if not path.is_file():
-        report.add(CaptionReason.UNREADABLE, name)
+        report.add(FolderReason.UNREADABLE, name)
         return
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             while line := file.readline(LONGEST_CAPTION):
                 yield line
     except OSError:
-        report.add(CaptionReason.UNREADABLE, name)
+        report.add(FolderReason.UNREADABLE, name)
 
 
 def _parse_caption(root: Path, known: set[str], line: str, place: str, report: Report) -> dict[str, str]:
@@ -233,14 +242,14 @@ def _parse_caption(root: Path, known: set[str], line: str, place: str, report: R
         if not (isinstance(name, str) and isinstance(caption, str)):
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError):
-        report.add(CaptionReason.UNREADABLE, place)
+        report.add(FolderReason.UNREADABLE, place)
         return {}
     path = PurePath(name)
     if path.anchor or ".." in path.parts or not _is_inside(root, root / path):
-        report.add(CaptionReason.OUTSIDE, f"{place} {name}")
+        report.add(FolderReason.OUTSIDE, f"{place} {name}")
         return {}
     if path.as_posix() not in known:
-        report.add(CaptionReason.NO_PICTURE, f"{place} {name}")
+        report.add(FolderReason.NO_PICTURE, f"{place} {name}")
         return {}
     return {path.as_posix(): _one_line(caption)}
 

@@ -217,4 +217,4 @@ def _deep_grey_to_bytes(values: np.ndarray) -> np.ndarray:
     limit = next((limit for limit in limits if low >= 0 and high <= limit), None)
     if limit is None:
         values, limit = values - low, max(high - low, 1.0)
-    return np.rint(values * (255 / limit)).astype(np.uint8)
+    return np.rint(values * 255 / limit).astype(np.uint8)

@@ -16,7 +16,7 @@ from varkit.data.base import Batch, FiniteDataset, Report, Side, positions, unit
 from varkit.data.images import ZOOM, BadImage, fit, open_image
 from varkit.errors import UserError
 
-# The 1797 digits come writer by writer, about 128 each, each starting with 0 to 9 three times.
+# The 1797 digits come writer by writer, about 128 each, always in the same order (0 to 9 three times, ...).
 # From here on they are by the last two writers: 252 of 1797.
 LAST_WRITERS = 1545
 PHOTOGRAPHS = (

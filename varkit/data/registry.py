@@ -39,4 +39,15 @@ def _emoji() -> Dataset:
     return Emoji()
 
 
-BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": _digits, "photographs": _photographs, "emoji": _emoji}
+def _scenes() -> Dataset:
+    from varkit.data.scene_set import SceneSet
+
+    return SceneSet()
+
+
+BUILT_IN: dict[str, Callable[[], Dataset]] = {
+    "digits": _digits,
+    "emoji": _emoji,
+    "photographs": _photographs,
+    "scenes": _scenes,
+}

@@ -1,8 +1,8 @@
 """The rasteriser of the scenes world: flat shapes on a plain background, anti-aliased, at any size.
 
-A shape is an inside test on the square [-1, 1]^2 (y points down). The trick: coverage is supersampled once per (shape,
-diameter, sub-pixel phase) and cached, so drawing an object is one blend of a small stamp. Positions are rounded to a
-quarter of a pixel. Legend: H W image.
+A shape is an inside test on the square [-1, 1]^2 (y points down). The trick: coverage is supersampled once
+per (shape, diameter, sub-pixel phase) and cached, so drawing an object is one blend of a small stamp.
+Positions are rounded to a quarter of a pixel. Legend: H W image.
 """
 
 import math
@@ -49,7 +49,7 @@ _SUPERSAMPLE = 8  # samples per pixel and axis
 
 
 def _star(x: Array, y: Array) -> NDArray[np.bool_]:
-    """Five points: the edge from an outer to an inner vertex, in polar form, folded onto one tenth of the turn."""
+    """Five points: the edge from an outer to an inner vertex in polar form, folded onto a tenth of the turn."""
     outer, inner, tenth = 1.05, 0.5, math.pi / 5
     y = y - 0.1  # centres the bounding box
     angle = np.abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)
@@ -73,7 +73,7 @@ _INSIDE: dict[str, Callable[[Array, Array], NDArray[np.bool_]]] = {
     "triangle": lambda x, y: (y <= 0.9) & (2 * np.abs(x) <= 1.06 * (y + 0.96)),
     "star": _star,
     "cross": _cross,
-    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.54**2),
+    "ring": lambda x, y: (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.5**2),
     "heart": _heart,
     "diamond": lambda x, y: np.abs(x) + np.abs(y) <= 1,
 }
@@ -101,7 +101,7 @@ class SceneObject:
 
 @lru_cache(maxsize=4096)
 def stamp(shape: str, diameter: float, phase_y: float, phase_x: float) -> NDArray[np.float32]:
-    """Return the coverage (n, n) in [0, 1] of a shape whose bounding square starts at the given sub-pixel phases."""
+    """Return the coverage (n, n) in [0, 1] of a shape whose bounding square starts at these sub-pixel phases."""
     n = math.ceil(diameter + 1)
     grid = (np.arange(n * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE
     y, x = (((grid - phase) * 2 / diameter - 1) for phase in (phase_y, phase_x))
@@ -115,13 +115,13 @@ def image_size(side: int | tuple[int, int]) -> tuple[int, int]:
     """Return (H, W) for a side or a (height, width); both at least 32."""
     height, width = (side, side) if isinstance(side, int) else side
     if min(height, width) < MIN_SIDE:
-        raise UserError(f"image size {height}x{width} is too small for scenes; use at least {MIN_SIDE}x{MIN_SIDE}")
+        raise UserError(
+            f"image size {height}x{width} is too small for scenes; use at least {MIN_SIDE}x{MIN_SIDE}"
+        )
     return height, width
 
 
-def _place(
-    thing: SceneObject, height: int, width: int
-) -> tuple[tuple[slice, slice], NDArray[np.float32]]:
+def _place(thing: SceneObject, height: int, width: int) -> tuple[tuple[slice, slice], NDArray[np.float32]]:
     """Return where an object's stamp lands in the image, and the part of the stamp inside the image."""
     diameter = SIZES[thing.size] * min(height, width)
     top = round((thing.y * height - diameter / 2) * _PHASES)
@@ -144,7 +144,7 @@ def paint(objects: Sequence[SceneObject], background: str, side: int | tuple[int
 
 
 def segment(objects: Sequence[SceneObject], side: int | tuple[int, int]) -> NDArray[np.int64]:
-    """Return (H, W): 0 for background, k for the k-th object drawn, where it covers half of the pixel or more."""
+    """Return (H, W): 0 for background, k where the k-th object drawn covers half of the pixel or more."""
     height, width = image_size(side)
     labels = np.zeros((height, width), np.int64)
     for k, thing in enumerate(objects, start=1):
@@ -154,9 +154,11 @@ def segment(objects: Sequence[SceneObject], side: int | tuple[int, int]) -> NDAr
 
 
 def components(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return (H, W): the same id, a pixel's flat index, for all pixels of one 4-connected region of equal label.
+    """Return (H, W): the same id, a pixel's flat index, for all pixels of one 4-connected region of equal
+    label.
 
-    Union-find without a loop over pixels: hook every pair of equal neighbours to the smaller root, then jump pointers.
+    Union-find without a loop over pixels: hook every pair of equal neighbours to the smaller root, then jump
+    pointers.
     """
     index = np.arange(labels.size).reshape(labels.shape)
     right, down = labels[:, 1:] == labels[:, :-1], labels[1:] == labels[:-1]

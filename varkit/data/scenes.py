@@ -1,13 +1,15 @@
-"""The scenes world: pictures of one to four flat objects with exact ground truth, endless, seeded and random access.
+"""The scenes world: pictures of one to four flat objects with exact ground truth, endless, seeded and random
+access.
 
 `Scenes(split, seed)[i]` is a pure function of (split, seed, i) on every machine.
 
-The split. A scene's content is the multiset of its coloured shapes ("blue star", "red circle", "red circle"), and a
-fixed hash of the content puts one in ten into `test`, whatever the seed. Sizes, relations, backgrounds and wording are
-left out of the content on purpose: a caption names all objects of its scene, so equal captions have equal content, and
-with a test caption *every* picture of those objects together is unseen, in any arrangement. (Hashing the relation too
-would let "a red circle left of a blue star" be a test caption while "a red circle and a blue star" is trained on.)
-What training does show is each object in other company: that is what composing means.
+The split. A scene's content is the multiset of its coloured shapes ("blue star", "red circle", "red circle"),
+and a fixed hash of the content puts one in ten into `test`, whatever the seed. Sizes, relations, backgrounds
+and wording are left out of the content on purpose: a caption names all objects of its scene, so equal
+captions have equal content, and with a test caption *every* picture of those objects together is unseen, in
+any arrangement. (Hashing the relation too would let "a red circle left of a blue star" be a test caption
+while "a red circle and a blue star" is trained on.) What training does show is each object in other company:
+that is what composing means.
 """
 
 import hashlib
@@ -56,7 +58,7 @@ class Scene:
         return segment(self.objects, side)
 
     def boxes(self, side: Side = 64) -> NDArray[np.int64]:
-        """Return (N, 4): x1, y1, x2, y2 in pixels around what is seen of each object; x2 and y2 lie outside."""
+        """Return (N, 4): x1, y1, x2, y2 in pixels around what is seen of each object, x2 and y2 exclusive."""
         labels = self.segmentation(side)
         spans = []
         for k in range(1, len(self.objects) + 1):
@@ -65,7 +67,7 @@ class Scene:
         return np.array(spans, np.int64)
 
     def depth(self, side: Side = 64) -> NDArray[np.float32]:
-        """Return (H, W), the draw order: 1 is the background, 0 the object in front, evenly spaced between."""
+        """Return (H, W), the draw order: 1 the background, 0 the object in front, evenly spaced between."""
         return (1 - self.segmentation(side) / len(self.objects)).astype(np.float32)
 
     def edges(self, side: Side = 64) -> NDArray[np.bool_]:
@@ -79,7 +81,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Scenes:
-    """The endless sequence of scenes of one split; `scenes[i]` is a `Scene`, `scenes.batch(indices)` training data."""
+    """The endless scenes of one split: `scenes[i]` is a `Scene`, `scenes.batch(indices)` training data."""
 
     split: str
     seed: int = 0
@@ -118,12 +120,12 @@ class Scenes:
 
 
 def split_of(content: Sequence[str]) -> str:
-    """Return "train" or "test" for the sorted coloured shapes of a scene or requirement; one content in ten is test."""
+    """Return the split of a content (sorted coloured shapes): one in ten is "test", the others "train"."""
     digest = hashlib.blake2b("|".join(content).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % 10 == 0 else "train"
 
 
-# --- what is said --------------------------------------------------------------------------------------------------
+# --- what is said -------------------------------------------------------------------
 
 
 def _requirement(category: str, rng: random.Random) -> Requirement:
@@ -149,14 +151,16 @@ def _other(noun: tuple[str, str], category: str, rng: random.Random) -> tuple[st
         if category == "two_object":
             other = (colour, other[1]) if rng.random() < 0.5 else (other[0], shape)
         same_colour, same_shape = other[0] == colour, other[1] == shape
-        if not (same_colour and same_shape or category == "attribute_binding" and (same_colour or same_shape)):
+        if not (
+            same_colour and same_shape or category == "attribute_binding" and (same_colour or same_shape)
+        ):
             return other
 
 
 _COLOURS, _SIZES = tuple(COLOURS), tuple(SIZES)
 
 
-# --- where things stand --------------------------------------------------------------------------------------------
+# --- where things stand -------------------------------------------------------------------
 
 
 def _arrange(requirement: Requirement, rng: random.Random) -> tuple[SceneObject, ...]:
@@ -197,7 +201,7 @@ def _near(a: SceneObject, b: SceneObject, gap: float) -> bool:
 
 
 def _holds(relation: str, a: SceneObject, b: SceneObject) -> bool:
-    """Whether a stands clearly in the relation to b: bounding squares apart along the axis, and little off the axis."""
+    """Whether a stands clearly in the relation to b: squares apart along its axis, and little off the axis."""
     x, y = a.x - b.x, a.y - b.y
     along, across = {"left of": (-x, y), "right of": (x, y), "above": (-y, x), "below": (y, x)}[relation]
     return along >= (SIZES[a.size] + SIZES[b.size]) / 2 + GAP and abs(across) <= ACROSS * along
@@ -212,7 +216,7 @@ def visible_fractions(objects: Sequence[SceneObject], side: Side = 64) -> list[f
 
 
 def _well_visible(objects: Sequence[SceneObject]) -> bool:
-    """Whether enough of every object is seen, and in one piece (not cut in two, nor through the hole of a ring)."""
+    """Whether enough of every object is seen, in one piece (not cut in two, nor through the hole of a ring)."""
     if min(visible_fractions(objects)) < MIN_VISIBLE:
         return False
     labels = segment(objects, 64)

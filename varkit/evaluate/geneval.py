@@ -1,10 +1,12 @@
-"""GenEval on the scenes world (https://github.com/djghosh13/geneval): does a picture show what its caption says?
+"""GenEval on the scenes world (https://github.com/djghosh13/geneval): does a picture show what its caption
+says?
 
-The detector is replaced by the exact scene reader; the clauses are GenEval's. Every phrase must be found in its count,
-then in its colour and size; more objects than asked for are fine, except in counting, where the picture must hold exactly
-as many of the shape; a position holds where every object of the first phrase stands so to every one of the second. A
-named background is a clause too. What the reader is unsure of counts as missing. `Requirement.category` documents how the
-grammar maps to the six categories. The overall figure is the plain mean of the six.
+The detector is replaced by the exact scene reader; the clauses are GenEval's. Every phrase must be found in
+its count, then in its colour and size; more objects than asked for are fine, except in counting, where the
+picture must hold exactly as many of the shape; a position holds where every object of the first phrase stands
+so to every one of the second. A named background is a clause too. What the reader is unsure of counts as
+missing. `Requirement.category` documents how the grammar maps to the six categories. The overall figure is
+the plain mean of the six.
 """
 
 import math
@@ -63,7 +65,7 @@ def score(image: NDArray[np.uint8], caption: str) -> Score:
 
 
 def prompts(n: int, split: str = "test", seed: int = 0) -> list[str]:
-    """Return n captions of a split, the six categories in turn, so that their numbers differ by at most one."""
+    """Return n captions of a split, the six categories in turn; their numbers differ by at most one."""
     queues: dict[str, list[str]] = {name: [] for name in CATEGORIES}
     quota = math.ceil(n / len(CATEGORIES))
     scenes = iter(Scenes(split, seed))
@@ -79,13 +81,15 @@ def report(scores: Iterable[Score]) -> dict[str, float]:
     for result in scores:
         passed[result.category].append(result.passed)
     if missing := [name for name, results in passed.items() if not results]:
-        raise UserError(f"no scores for {', '.join(missing)}; the overall figure needs all six, see geneval.prompts")
+        raise UserError(
+            f"no scores for {', '.join(missing)}; the overall figure needs all six, see geneval.prompts"
+        )
     shares = {name: sum(results) / len(results) for name, results in passed.items()}
     return shares | {"overall": sum(shares.values()) / len(shares)}
 
 
 def relations(a: FoundObject, b: FoundObject) -> set[str]:
-    """Return how a stands to b; offsets within a tenth of the boxes' sizes count as none, and two may hold."""
+    """Return how a stands to b; two relations may hold; an offset within a tenth of the sizes is none."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.box, b.box
     offset = np.array([ax1 + ax2 - bx1 - bx2, ay1 + ay2 - by1 - by2]) / 2
     sizes = np.array([ax2 - ax1 + bx2 - bx1, ay2 - ay1 + by2 - by1])
@@ -93,7 +97,9 @@ def relations(a: FoundObject, b: FoundObject) -> set[str]:
     if not beyond.any():
         return set()
     x, y = beyond / np.linalg.norm(offset)
-    return {name for name, holds in zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5), strict=True) if holds}
+    return {
+        name for name, holds in zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5), strict=True) if holds
+    }
 
 
 def _clauses(requirement: Requirement, reading: Reading) -> Iterable[Clause]:
@@ -117,7 +123,7 @@ def _clauses(requirement: Requirement, reading: Reading) -> Iterable[Clause]:
 
 
 def _phrase_clauses(phrase: Phrase, sure: list[FoundObject]) -> tuple[list[Clause], list[FoundObject]]:
-    """Narrow the objects down by shape, colour and size, each of which must leave enough; return those left too."""
+    """Narrow the objects down by shape, colour and size, each of which must leave enough; also return the rest."""
     things = [thing for thing in sure if thing.shape == phrase.shape]
     clauses = [Clause(f"{phrase.count} {phrase.shape}", len(things) >= phrase.count)]
     things = [thing for thing in things if thing.colour == phrase.colour]

@@ -1,12 +1,13 @@
 """The scene reader: an exact, non-learned parser from a picture of the scenes world back to its objects.
 
-Colour first: every pixel takes the nearest palette colour; specks and fringes too thin to be objects (orange between red
-and yellow, say) dissolve into their neighbours; each connected region left is an object. Then geometry: a region is
-compared with rendered shapes at many sizes and offsets, by IoU *outside the other objects*, so that what an object in
-front covers counts neither for nor against. Doubtful objects are marked `confident=False`.
+Colour first: every pixel takes the nearest palette colour; specks and fringes too thin to be objects (orange
+between red and yellow, say) dissolve into their neighbours; each connected region left is an object. Then
+geometry: a region is compared with rendered shapes at many sizes and offsets, by IoU *outside the other
+objects*, so that what an object in front covers counts neither for nor against. Doubtful objects are marked
+`confident=False`.
 
-Pictures are read at 64 pixels on the shorter side whatever their size. Legend: K colours, T templates, P placements,
-n template side.
+Pictures are read at 64 pixels on the shorter side whatever their size. Legend: K colours, T templates, P
+placements, n template side.
 """
 
 import itertools
@@ -23,11 +24,15 @@ from varkit.data.render import BACKGROUNDS, COLOURS, FORBIDDEN, SHAPES, SIZES, c
 from varkit.errors import UserError
 
 SIDE = 64
-MIN_AREA, MIN_CORE = 30, 3  # pixels of a region, and of its 3 x 3 erosion: less is a speck or a fringe
+MIN_SQUARES = 14  # 2 x 2 squares of a region that are true to its colour: a fringe, however long, has fewer
+MIN_AREA = 30  # pixels of an object: two thirds of the least that a covered star shows
 MIN_BACKGROUND = 0.2  # share of the picture; four large squares leave 0.6
-MAX_COLOUR_DISTANCE = 60.0  # RGB, of a region's median; the closest two colours are 71 apart
-MIN_IOU, MIN_LEAD = 0.7, 0.03  # of the best shape, and over the next best one
-MIN_SEEN, COVER_PENALTY = 0.5, 0.1  # an explanation may hide half of the shape, and the less it hides the better
+MAX_COLOUR_DISTANCE = 60.0  # in RGB, of a pixel true to its colour; the closest two colours are 71 apart
+MIN_IOU, MIN_LEAD = 0.8, 0.02  # of the best shape, and over the next best one
+MIN_SEEN, COVER_PENALTY = (
+    0.5,
+    0.1,
+)  # an explanation may hide half of the shape, and the less it hides the better
 _ZOOMS = (0.9, 1.0, 1.1)
 _SHIFTS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5))
 _BLURS = (0.0, 1.2)
@@ -37,7 +42,7 @@ _TEMPLATE_SIDE = 29  # holds the largest template at any phase
 
 @dataclass(frozen=True)
 class FoundObject:
-    """One object of a picture. The box (x1, y1, x2, y2) is around what is seen, the centre that of the whole shape."""
+    """One object; its box (x1, y1, x2, y2) is around what is seen of it, its centre that of the whole shape."""
 
     shape: str
     colour: str
@@ -49,7 +54,7 @@ class FoundObject:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; `background` is None where no known one fills enough of it, and nothing is found then."""
+    """What a picture shows; `background` is None, and nothing found, where no known one fills enough of it."""
 
     objects: tuple[FoundObject, ...]
     background: str | None
@@ -73,10 +78,8 @@ def read(image: NDArray[np.uint8]) -> Reading:
     for root, area in zip(*np.unique(regions[labels > 0], return_counts=True), strict=True):
         if area >= MIN_AREA:
             region = regions == root
-            k = labels[region][0]
-            off = np.median(pixels[region], axis=0) - COLOURS[colours[k - 1]]
-            known_colour = bool(np.linalg.norm(off) <= MAX_COLOUR_DISTANCE)
-            found.append(_identify(region, (labels > 0) & ~region, colours[k - 1], known_colour, scale))
+            others = (labels > 0) & ~region
+            found.append(_identify(region, others, colours[labels[region][0] - 1], scale))
     return Reading(tuple(found), background)
 
 
@@ -87,7 +90,7 @@ def _resized(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.ui
     return np.asarray(Image.fromarray(image).resize((width, height), kind))
 
 
-# --- colour --------------------------------------------------------------------------------------------------------
+# --- colour -------------------------------------------------------------------
 
 
 def _distances(pixels: NDArray[np.float32], palette: list[tuple[int, int, int]]) -> NDArray[np.float32]:
@@ -104,17 +107,18 @@ def _background(pixels: NDArray[np.float32]) -> str | None:
 
 
 def _dissolve_specks(distances: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Label pixels (H, W) by nearest colour, 0 the background, except that specks take the nearest colour around them.
+    """Label pixels (H, W) by nearest colour, 0 the background, except that specks take the nearest colour
+    around them.
 
-    A region is a speck unless it holds a few 3 x 3 squares; "around" is within two pixels, the background always is.
+    A region is a speck unless it holds many 2 x 2 squares of pixels close to its colour; "around" is within
+    two pixels, and the background always is.
     """
     labels = distances.argmin(0)
     regions = components(labels)
-    core = np.zeros(labels.shape, np.bool_)
-    core[1:-1, 1:-1] = (sliding_window_view(labels, (3, 3)) == labels[1:-1, 1:-1, None, None]).all((-2, -1))
-    areas = np.bincount(regions.ravel(), minlength=labels.size)
-    cores = np.bincount(regions[core], minlength=labels.size)
-    kept = ((areas >= MIN_AREA) & (cores >= MIN_CORE))[regions] | (labels == 0)
+    true = np.where(distances.min(0) <= MAX_COLOUR_DISTANCE**2, regions, -1)
+    square = (sliding_window_view(true, (2, 2)) == regions[:-1, :-1, None, None]).all((-2, -1))
+    squares = np.bincount(regions[:-1, :-1][square], minlength=labels.size)
+    kept = (squares >= MIN_SQUARES)[regions] | (labels == 0)
     around = np.pad(np.where(kept, labels, -1), 2, constant_values=-1)
     windows = sliding_window_view(around, (5, 5))[~kept]
     near = (windows[None] == np.arange(len(distances))[:, None, None, None]).any((-2, -1))
@@ -123,12 +127,12 @@ def _dissolve_specks(distances: NDArray[np.float32]) -> NDArray[np.int64]:
     return labels
 
 
-# --- shape ---------------------------------------------------------------------------------------------------------
+# --- shape -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Templates:
-    """Rendered shapes (T, n * n), and for each one its shape's index, its size and its sub-pixel shift (T, 2) as x, y."""
+    """Rendered shapes (T, n * n); for each its index in SHAPES, its size, and its sub-pixel shift (T, 2), x then y."""
 
     coverage: NDArray[np.float32]
     shape: NDArray[np.int64]
@@ -175,9 +179,7 @@ def _placements(mask: NDArray[np.bool_], y: int, x: int, reach: int) -> NDArray[
     return windows.reshape(-1, _TEMPLATE_SIDE**2).T.astype(np.float32)
 
 
-def _identify(
-    region: NDArray[np.bool_], others: NDArray[np.bool_], colour: str, known_colour: bool, scale: float
-) -> FoundObject:
+def _identify(region: NDArray[np.bool_], others: NDArray[np.bool_], colour: str, scale: float) -> FoundObject:
     """Find the shape, size and centre that explain a region best, given where other objects may cover it."""
     templates = _templates()
     ys, xs = np.nonzero(region)
@@ -202,5 +204,5 @@ def _identify(
         size=templates.size[t],
         box=(left * scale, top * scale, right * scale, bottom * scale),
         centre=(float(centre[0] * scale), float(centre[1] * scale)),
-        confident=known_colour and bool(iou[t, p] >= MIN_IOU and first - second >= MIN_LEAD),
+        confident=bool(iou[t, p] >= MIN_IOU and first - second >= MIN_LEAD),
     )

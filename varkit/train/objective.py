@@ -1,0 +1,76 @@
+"""Teacher forcing for any static plan: one packed step over true latents, one loss a target.
+
+The training inputs are what a canvas filled with true latents feeds at the packed step, so they cannot differ from what
+decoding feeds. Legend: B batch, L slots, T targets, K levels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from varkit.canvases.base import Canvas, gather_positions
+from varkit.generators.base import Generator
+from varkit.generators.conditioning import drop_condition
+from varkit.heads.base import Head
+from varkit.nn.attention import Packed
+from varkit.plans.step import Step
+
+
+def teacher_forced(
+    generator: Generator, canvas: Canvas, step: Step, condition: Mapping[str, Tensor]
+) -> Tensor:
+    """Hidden states (B, T, C) at the slots read, over a filled canvas; condition tensors are (B, ...)."""
+    fed = canvas.feed(step.feed)
+    prepared = generator.prepare({k: v[None] for k, v in condition.items()})
+    h = generator(fed, step, prepared, Packed(step.sees.own, step.feed.valid))
+    return h if step.reads_all else gather_positions(h, step.read)
+
+
+class NextStepLoss(nn.Module):
+    """Mean of the head's loss over targets, the condition dropped at a rate for guidance.
+
+    `weights` (T,) scales each target's loss; the mean stays over all T targets of the plan, so that a truncated step
+    (progressive training) weighs its tokens as the full one would.
+    """
+
+    def __init__(self, generator: Generator, head: Head, condition_drop: float = 0.1) -> None:
+        super().__init__()
+        self.generator, self.head, self.condition_drop = generator, head, condition_drop
+
+    def forward(
+        self, canvas: Canvas, step: Step, condition: dict[str, Tensor], total: int, weights: Tensor | None = None
+    ) -> Tensor:
+        """Loss of each target (B, T); its sum over T divided by `total` and meaned over B is the training loss."""
+        if self.training and self.condition_drop:
+            condition = drop_condition(self.generator.conditioner, condition, self.condition_drop)
+        h = teacher_forced(self.generator, canvas, step, condition)
+        targets = {k: gather_positions(v, step.target) for k, v in canvas.latents().items()}
+        losses = self.head.loss(h, targets)
+        scaled = losses if weights is None else losses * weights.to(losses.device)
+        return scaled.sum(dim=1).mean() / total
+
+
+class Progressive:
+    """VAR's progressive training: scales join one by one (`first` at the start, all at `fraction` of the run).
+
+    The newest scale's loss is ramped from 0.01 to 1 over `ramp` steps; (number of levels, weight of the newest).
+    """
+
+    def __init__(self, levels: int, steps: int, first: int = 4, fraction: float = 0.8, warmup: int = 0, ramp: int = 1) -> None:
+        self.levels, self.first, self.warmup, self.ramp = levels, min(first, levels), warmup, max(1, ramp)
+        self.end = max(warmup + 1, round(fraction * steps))
+
+    def at(self, step: int) -> tuple[int, float]:
+        """Active levels and the weight of the newest at a training step."""
+        stages = self.levels - self.first
+        if stages == 0 or step >= self.end:
+            return self.levels, 1.0
+        if step < self.warmup:
+            return self.first, 1.0
+        length = (self.end - self.warmup) / (stages + 1)
+        stage = min(stages, int((step - self.warmup) / length))
+        if stage == 0:
+            return self.first, 1.0
+        into = step - self.warmup - stage * length
+        return self.first + stage, min(1.0, 0.01 + 0.99 * into / self.ramp)
