@@ -2,7 +2,8 @@
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from varkit.evaluate import geneval
 from varkit.evaluate.scene_reader import FoundObject, read
 
 Picture = NDArray[np.uint8]
+T = TypeVar("T")
 N = 600
 TEST = [Scenes("test", seed=21)[i] for i in range(N)]
 
@@ -48,7 +50,7 @@ def test_blurred_and_noisy_pictures_are_read_right() -> None:
 
 @pytest.mark.parametrize("side", [32, 96, (64, 128), (150, 100)])
 def test_other_sizes_are_read_right(side: int | tuple[int, int]) -> None:
-    passed = [bool(geneval.score(scene.image(side), scene.caption)) for scene in TEST[:60]]
+    passed = [bool(geneval.score(scene.image(side), scene.caption)) for scene in TEST[:40]]
     assert np.mean(passed) >= 0.95
 
 
@@ -57,8 +59,8 @@ def wrong(requirement: Requirement, rng: random.Random) -> Requirement:
     k = rng.randrange(len(requirement.phrases))
     phrase = requirement.phrases[k]
 
-    def other(options: object, than: object) -> object:
-        return rng.choice([option for option in options if option != than])  # type: ignore[attr-defined]
+    def other(options: Iterable[T], than: T) -> T:
+        return rng.choice([option for option in options if option != than])
 
     def with_phrase(**changes: object) -> Requirement:
         phrases = list(requirement.phrases)
@@ -74,7 +76,9 @@ def wrong(requirement: Requirement, rng: random.Random) -> Requirement:
     if phrase.count > 1:
         changes.append(lambda: with_phrase(count=other((2, 3, 4), phrase.count)))
     if requirement.relation:
-        changes.append(lambda: dataclasses.replace(requirement, relation=other(RELATIONS, requirement.relation)))
+        changes.append(
+            lambda: dataclasses.replace(requirement, relation=other(RELATIONS, requirement.relation))
+        )
     if requirement.background:
         allowed = backgrounds_for([phrase.colour for phrase in requirement.phrases])
         if len(allowed) > 1:
@@ -86,21 +90,22 @@ def wrong(requirement: Requirement, rng: random.Random) -> Requirement:
 
 def test_wrong_captions_are_rejected() -> None:
     rng, verdicts = random.Random(0), []
-    for scene in TEST[:500]:
+    for scene in TEST[:300]:
         try:
             caption = write(wrong(parse(scene.caption), rng))
             requirement = parse(caption)
         except UserError:  # the changed colour cannot stand on the background named
             continue
-        # "a red circle and a red circle" is true of a picture with one only if the reader counts wrongly
         verdicts.append(bool(geneval.score(scene.image(), caption)))
         assert requirement != parse(scene.caption)
-    assert len(verdicts) >= 400 and np.mean(verdicts) <= 0.01
+    assert len(verdicts) >= 250 and np.mean(verdicts) <= 0.01
 
 
 def test_swapped_colours_fail_attribute_binding() -> None:
     image = paint(
-        [SceneObject("ring", "green", "large", 0.25, 0.3), SceneObject("heart", "orange", "small", 0.7, 0.7)], "grey", 64
+        [SceneObject("ring", "green", "large", 0.25, 0.3), SceneObject("heart", "orange", "small", 0.7, 0.7)],
+        "grey",
+        64,
     )
     assert geneval.score(image, "a green ring and an orange heart")
     swapped = geneval.score(image, "an orange ring and a green heart")
@@ -139,7 +144,10 @@ def test_boxes_are_in_the_pixels_of_the_picture() -> None:
 @pytest.mark.parametrize("occluder", SHAPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_covered_objects_are_recognised(shape: str, occluder: str) -> None:
-    back, front = SceneObject(shape, "red", "large", 0.4, 0.45), SceneObject(occluder, "blue", "small", 0.62, 0.6)
+    back, front = (
+        SceneObject(shape, "red", "large", 0.4, 0.45),
+        SceneObject(occluder, "blue", "small", 0.62, 0.6),
+    )
     found = {thing.colour: thing for thing in read(paint([back, front], "grey", 64)).objects}
     assert (found["red"].shape, found["blue"].shape) == (shape, occluder)
 
@@ -147,7 +155,12 @@ def test_covered_objects_are_recognised(shape: str, occluder: str) -> None:
 def test_fringes_are_no_objects() -> None:
     # The edge between red and yellow is orange.
     image = paint(
-        [SceneObject("circle", "red", "large", 0.5, 0.5), SceneObject("circle", "yellow", "large", 0.66, 0.66)], "grey", 64
+        [
+            SceneObject("circle", "red", "large", 0.5, 0.5),
+            SceneObject("circle", "yellow", "large", 0.66, 0.66),
+        ],
+        "grey",
+        64,
     )
     assert sorted(thing.colour for thing in read(blurred(image, 1.2, 8)).objects) == ["red", "yellow"]
 
@@ -209,7 +222,10 @@ def test_the_reader_refuses_other_arrays() -> None:
 
 
 def test_phrases_of_two_nouns_count_each_shape() -> None:
-    things = [SceneObject("circle", "red", "small", 0.2, 0.2), SceneObject("circle", "red", "small", 0.8, 0.2)]
+    things = [
+        SceneObject("circle", "red", "small", 0.2, 0.2),
+        SceneObject("circle", "red", "small", 0.8, 0.2),
+    ]
     image = paint([*things, SceneObject("star", "white", "large", 0.5, 0.7)], "teal", 64)
     assert geneval.score(image, "two red circles and a white star")
     assert not geneval.score(image, "two red circles and two white stars")

@@ -44,7 +44,7 @@ def requirements(draw: st.DrawFn) -> Requirement:
             draw(st.sampled_from(SHAPES)),
         )
 
-    phrases = (phrase(MAX_OBJECTS),)
+    phrases: tuple[Phrase, ...] = (phrase(MAX_OBJECTS),)
     if phrases[0].count < MAX_OBJECTS and draw(st.booleans()):
         phrases += (phrase(MAX_OBJECTS - phrases[0].count),)
     relation = draw(st.sampled_from([None, *RELATIONS])) if len(phrases) == 2 else None
@@ -60,14 +60,17 @@ def test_a_scene_is_a_pure_function_of_split_seed_and_index() -> None:
     assert [Scenes("train", 1)[i] for i in reversed(range(20))] == forward[::-1]
     assert list(itertools.islice(Scenes("train", 1), 20)) == forward
     assert Scenes("train", 2)[0] != forward[0] and Scenes("test", 1)[0] != forward[0]
-    assert Scenes("train", 1)[np.int64(5)] == forward[5]
+    assert Scenes("train", 1)[np.array([5])[0]] == forward[5]
 
 
 def test_scenes_never_change_between_versions() -> None:
     # Bundled weights were trained on these: an intended change of the world needs new weights.
-    captions = [Scenes("train")[i].caption for i in range(3)]
-    assert captions == FROZEN_CAPTIONS
-    assert Scenes("train")[0].image().sum() == FROZEN_SUM
+    assert [Scenes("train")[i].caption for i in range(3)] == [
+        "a little black cross",
+        "an orange cross and one white circle",
+        "against a grey background, a yellow cross left of one black circle",
+    ]
+    assert Scenes("train")[0].image().sum() == 1042645
 
 
 def test_batch_equals_single_scenes() -> None:
@@ -89,7 +92,12 @@ def test_a_tenth_of_the_contents_is_for_testing() -> None:
     nouns = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     pairs = [split_of(sorted(pair)) == "test" for pair in itertools.combinations(nouns, 2)]
     assert abs(np.mean(pairs) - 0.1) < 5 * math.sqrt(0.09 / len(pairs))
-    assert 2 <= sum(split_of([noun]) == "test" for noun in nouns) <= 14
+    single = [noun.split() for noun in nouns if split_of([noun]) == "test"]
+    assert (
+        len(single) == 9
+        and {colour for colour, _ in single} == set(COLOURS)
+        and {s for _, s in single} == set(SHAPES)
+    )
 
 
 # --- pictures ------------------------------------------------------------------------------------------
@@ -120,7 +128,9 @@ def test_same_coloured_objects_never_touch(scenes: list[Scene], side: int) -> No
         for k, j in itertools.combinations(range(len(scene.objects)), 2):
             if scene.objects[k].colour == scene.objects[j].colour:
                 grown = np.pad(labels == k + 1, 1)
-                grown = np.any([np.roll(grown, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], 0)
+                grown = np.any(
+                    [np.roll(grown, (dy, dx), (0, 1)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], 0
+                )
                 assert not (grown[1:-1, 1:-1] & (labels == j + 1)).any()
 
 
@@ -136,7 +146,7 @@ def test_ground_truth_agrees_with_the_picture(scenes: list[Scene]) -> None:
         assert len(np.unique(image[inner & (labels == 0)], axis=0)) == 1
         depth = scene.depth()
         assert depth.dtype == np.float32 and depth.min() == 0 and (depth[labels == 0] == 1).all()
-        assert set(np.unique(components(labels)[labels > 0])).__len__() == len(scene.objects)
+        assert len(np.unique(components(labels)[labels > 0])) == len(scene.objects)
 
 
 def _near_edge(edges: np.ndarray) -> np.ndarray:
@@ -145,7 +155,10 @@ def _near_edge(edges: np.ndarray) -> np.ndarray:
 
 
 def test_later_objects_cover_earlier_ones() -> None:
-    back, front = SceneObject("square", "red", "large", 0.5, 0.5), SceneObject("circle", "blue", "small", 0.5, 0.5)
+    back, front = (
+        SceneObject("square", "red", "large", 0.5, 0.5),
+        SceneObject("circle", "blue", "small", 0.5, 0.5),
+    )
     assert tuple(paint([back, front], "grey", 64)[32, 32]) == COLOURS["blue"]
     assert tuple(paint([front, back], "grey", 64)[32, 32]) == COLOURS["red"]
 
@@ -158,10 +171,16 @@ def test_objects_partly_outside_are_clipped() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "area"),
-    [("circle", math.pi), ("ring", 0.75 * math.pi), ("diamond", 2.0), ("square", 1.76**2), ("cross", 4 * 0.51)],
+    [
+        ("circle", math.pi),
+        ("ring", 0.75 * math.pi),
+        ("diamond", 2.0),
+        ("square", 1.76**2),
+        ("cross", 4 * (2 * 0.3 - 0.3**2)),
+    ],
 )
-def test_areas_are_exact(shape: str, area: float) -> None:
-    assert stamp(shape, 23.0, 0.25, 0.5).sum() == pytest.approx(area * (23 / 2) ** 2, rel=0.01)
+def test_areas_are_right(shape: str, area: float) -> None:
+    assert stamp(shape, 23.0, 0.25, 0.5).sum() == pytest.approx(area * (23 / 2) ** 2, rel=0.02)
 
 
 def test_shapes_fill_their_squares_and_are_centred() -> None:
@@ -180,7 +199,12 @@ def test_components_match_a_flood_fill(height: int, width: int, seed: int) -> No
             stack = [start]
             while stack:
                 y, x = stack.pop()
-                if 0 <= y < height and 0 <= x < width and expected[y, x] < 0 and labels[y, x] == labels[start]:
+                if (
+                    0 <= y < height
+                    and 0 <= x < width
+                    and expected[y, x] < 0
+                    and labels[y, x] == labels[start]
+                ):
                     expected[y, x] = start[0] * width + start[1]
                     stack += [(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)]
     assert np.array_equal(components(labels), expected)
@@ -194,7 +218,9 @@ def test_a_scene_holds_exactly_what_its_caption_says(scenes: list[Scene]) -> Non
         said = parse(scene.caption)
         assert said.content == scene.content
         assert said.background in (None, scene.background)
-        groups = [[t for t in scene.objects if (t.colour, t.shape) == (p.colour, p.shape)] for p in said.phrases]
+        groups = [
+            [t for t in scene.objects if (t.colour, t.shape) == (p.colour, p.shape)] for p in said.phrases
+        ]
         for phrase, group in zip(said.phrases, groups, strict=True):
             assert len(group) == phrase.count and all(phrase.size in (None, thing.size) for thing in group)
         if said.relation:
@@ -207,8 +233,7 @@ def test_a_scene_holds_exactly_what_its_caption_says(scenes: list[Scene]) -> Non
 def test_what_the_caption_leaves_open_is_random(scenes: list[Scene]) -> None:
     open_scenes = [scene for scene in scenes if parse(scene.caption).background is None]
     assert {scene.background for scene in open_scenes} == set(FORBIDDEN)
-    free = [s.objects[0].size for s in scenes if parse(s.caption).phrases[0] and not _says_size(s)]
-    assert set(free) == set(SIZES)
+    assert {s.objects[0].size for s in scenes if not _says_size(s)} == set(SIZES)
 
 
 def _says_size(scene: Scene) -> bool:
@@ -253,7 +278,9 @@ def test_captions_of_the_grammar_and_their_categories(caption: str, expected: st
     assert parse(write(requirement)) == requirement
 
 
-@pytest.mark.parametrize("caption", ["a red circle", "three blue stars", "a green ring left of an orange heart"])
+@pytest.mark.parametrize(
+    "caption", ["a red circle", "three blue stars", "a green ring left of an orange heart"]
+)
 def test_canonical_captions_are_written_as_such(caption: str) -> None:
     assert write(parse(caption)) == caption
 

@@ -61,6 +61,8 @@ from varkit.cli.runner import run_guarded
 from varkit.errors import UserError, unknown_name
 
 COMMANDS: dict[str, str] = {
+    "verify": "varkit.cli.verify:Verify",
+    "train": "varkit.cli.train:Train",
     "version": "varkit.cli.version:Version",
 }
 

@@ -1,9 +1,9 @@
 """The captions of the scenes world: a small regular grammar, written, paraphrased and read back.
 
-    caption   = phrase [ ("and" | relation) phrase ] [ background ]      or the background first, with a comma
-    phrase    = [ count ] [ size ] colour shape                          "a small red circle", "2 blue stars"
-    relation  = "left of" | "right of" | "above" | "below"               the first phrase relative to the
-    second background = "on a navy background"
+    caption    = phrase [ ("and" | relation) phrase ] [ background ]     or the background first, with a comma
+    phrase     = [ count ] [ size ] colour shape                         "a small red circle", "2 blue stars"
+    relation   = "left of" | "right of" | "above" | "below"              the first phrase to the second
+    background = "on a navy background"
 
 Every alternative wording is listed in a table whose first entry is the canonical one, so that writer, parser
 and vocabulary cannot drift apart. A scene holds exactly what its caption says; what it leaves open (size,

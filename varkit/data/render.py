@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from varkit.errors import UserError, unknown_name
 
 Array = NDArray[np.floating]
+Side = int | tuple[int, int]  # of a picture: a square's side, or (height, width)
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -111,7 +112,7 @@ def stamp(shape: str, diameter: float, phase_y: float, phase_x: float) -> NDArra
     return coverage
 
 
-def image_size(side: int | tuple[int, int]) -> tuple[int, int]:
+def image_size(side: Side) -> tuple[int, int]:
     """Return (H, W) for a side or a (height, width); both at least 32."""
     height, width = (side, side) if isinstance(side, int) else side
     if min(height, width) < MIN_SIDE:
@@ -132,7 +133,7 @@ def _place(thing: SceneObject, height: int, width: int) -> tuple[tuple[slice, sl
     return (slice(y1, y2), slice(x1, x2)), coverage[y1 - y : y2 - y, x1 - x : x2 - x]
 
 
-def paint(objects: Sequence[SceneObject], background: str, side: int | tuple[int, int]) -> NDArray[np.uint8]:
+def paint(objects: Sequence[SceneObject], background: str, side: Side) -> NDArray[np.uint8]:
     """Draw the objects, first to last (the last is in front), and return the picture (H, W, 3)."""
     height, width = image_size(side)
     image = np.empty((height, width, 3), np.float32)
@@ -143,7 +144,7 @@ def paint(objects: Sequence[SceneObject], background: str, side: int | tuple[int
     return (image + 0.5).astype(np.uint8)
 
 
-def segment(objects: Sequence[SceneObject], side: int | tuple[int, int]) -> NDArray[np.int64]:
+def segment(objects: Sequence[SceneObject], side: Side) -> NDArray[np.int64]:
     """Return (H, W): 0 for background, k where the k-th object drawn covers half of the pixel or more."""
     height, width = image_size(side)
     labels = np.zeros((height, width), np.int64)

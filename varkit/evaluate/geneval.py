@@ -1,5 +1,4 @@
-"""GenEval on the scenes world (https://github.com/djghosh13/geneval): does a picture show what its caption
-says?
+"""GenEval (https://github.com/djghosh13/geneval) on scenes: does a picture show what its caption says?
 
 The detector is replaced by the exact scene reader; the clauses are GenEval's. Every phrase must be found in
 its count, then in its colour and size; more objects than asked for are fine, except in counting, where the
@@ -110,7 +109,7 @@ def _clauses(requirement: Requirement, reading: Reading) -> Iterable[Clause]:
         yield from clauses
         matched.append(things)
     if requirement.category == "counting":
-        for shape in {phrase.shape for phrase in requirement.phrases}:
+        for shape in dict.fromkeys(phrase.shape for phrase in requirement.phrases):
             asked = sum(phrase.count for phrase in requirement.phrases if phrase.shape == shape)
             yield Clause(f"exactly {asked} {shape}", sum(thing.shape == shape for thing in sure) == asked)
     if requirement.relation:
@@ -123,7 +122,7 @@ def _clauses(requirement: Requirement, reading: Reading) -> Iterable[Clause]:
 
 
 def _phrase_clauses(phrase: Phrase, sure: list[FoundObject]) -> tuple[list[Clause], list[FoundObject]]:
-    """Narrow the objects down by shape, colour and size, each of which must leave enough; also return the rest."""
+    """Narrow the objects down by shape, colour and size, each of which must leave enough; return what is left too."""
     things = [thing for thing in sure if thing.shape == phrase.shape]
     clauses = [Clause(f"{phrase.count} {phrase.shape}", len(things) >= phrase.count)]
     things = [thing for thing in things if thing.colour == phrase.colour]

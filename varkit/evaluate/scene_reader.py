@@ -29,10 +29,7 @@ MIN_AREA = 30  # pixels of an object: two thirds of the least that a covered sta
 MIN_BACKGROUND = 0.2  # share of the picture; four large squares leave 0.6
 MAX_COLOUR_DISTANCE = 60.0  # in RGB, of a pixel true to its colour; the closest two colours are 71 apart
 MIN_IOU, MIN_LEAD = 0.8, 0.02  # of the best shape, and over the next best one
-MIN_SEEN, COVER_PENALTY = (
-    0.5,
-    0.1,
-)  # an explanation may hide half of the shape, and the less it hides the better
+MIN_SEEN, COVER_PENALTY = 0.5, 0.1  # a shape may be half hidden to explain a region; the less the better
 _ZOOMS = (0.9, 1.0, 1.1)
 _SHIFTS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5))
 _BLURS = (0.0, 1.2)
@@ -67,11 +64,13 @@ def read(image: NDArray[np.uint8]) -> Reading:
     height, width = image_size(image.shape[:2])
     scale = min(height, width) / SIDE
     pixels = _resized(image, round(height / scale), round(width / scale)).astype(np.float32)
-    background = _background(pixels)
+    distances = _distances(pixels)
+    background = _background(distances)
     if background is None:
         return Reading((), None)
+    palette = [*BACKGROUNDS, *COLOURS]
     colours = [colour for colour in COLOURS if colour not in FORBIDDEN[background]]
-    distances = _distances(pixels, [BACKGROUNDS[background], *(COLOURS[colour] for colour in colours)])
+    distances = distances[[palette.index(name) for name in (background, *colours)]]
     labels = _dissolve_specks(distances)
     regions = components(labels)
     found = []
@@ -93,22 +92,23 @@ def _resized(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.ui
 # --- colour -------------------------------------------------------------------
 
 
-def _distances(pixels: NDArray[np.float32], palette: list[tuple[int, int, int]]) -> NDArray[np.float32]:
-    """Return the squared RGB distance (K, H, W) of every pixel to every palette colour."""
-    return np.stack([((pixels - np.array(colour, np.float32)) ** 2).sum(-1) for colour in palette])
+def _distances(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the squared RGB distance (K, H, W) of every pixel to every palette colour: |p|^2 - 2 p.c + |c|^2."""
+    colours = np.array([*BACKGROUNDS.values(), *COLOURS.values()], np.float32)
+    squares = np.einsum("hwc,hwc->hw", pixels, pixels) - 2 * np.moveaxis(pixels @ colours.T, -1, 0)
+    return squares + (colours**2).sum(1)[:, None, None]
 
 
-def _background(pixels: NDArray[np.float32]) -> str | None:
-    """Return the background that most pixels are nearest to, object colours competing for them too."""
-    nearest = _distances(pixels, [*BACKGROUNDS.values(), *COLOURS.values()]).argmin(0)
-    counts = np.bincount(nearest.ravel(), minlength=len(BACKGROUNDS))[: len(BACKGROUNDS)]
+def _background(distances: NDArray[np.float32]) -> str | None:
+    """Return the background that most pixels are close to, object colours competing for them too."""
+    nearest = distances.argmin(0)[distances.min(0) <= MAX_COLOUR_DISTANCE**2]
+    counts = np.bincount(nearest, minlength=len(BACKGROUNDS))[: len(BACKGROUNDS)]
     best = int(counts.argmax())
-    return list(BACKGROUNDS)[best] if counts[best] >= MIN_BACKGROUND * nearest.size else None
+    return list(BACKGROUNDS)[best] if counts[best] >= MIN_BACKGROUND * distances[0].size else None
 
 
 def _dissolve_specks(distances: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Label pixels (H, W) by nearest colour, 0 the background, except that specks take the nearest colour
-    around them.
+    """Label pixels (H, W) by nearest colour, 0 the background; specks take the nearest colour around them.
 
     A region is a speck unless it holds many 2 x 2 squares of pixels close to its colour; "around" is within
     two pixels, and the background always is.
@@ -132,25 +132,23 @@ def _dissolve_specks(distances: NDArray[np.float32]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class _Templates:
-    """Rendered shapes (T, n * n); for each its index in SHAPES, its size, and its sub-pixel shift (T, 2), x then y."""
+    """Rendered shapes (T, n * n), equally many of each shape in turn; sizes, sub-pixel shifts (T, 2) as x, y."""
 
     coverage: NDArray[np.float32]
-    shape: NDArray[np.int64]
     size: list[str]
     shift: NDArray[np.float32]
 
 
 @lru_cache(maxsize=1)
 def _templates() -> _Templates:
-    coverage, shapes, sizes, shifts = [], [], [], []
+    coverage, sizes, shifts = [], [], []
     for shape, (size, share), zoom, shift in itertools.product(SHAPES, SIZES.items(), _ZOOMS, _SHIFTS):
         canvas = _rendered(shape, share * SIDE * zoom, shift)
         for sigma in _BLURS:
             coverage.append(_blurred(canvas, sigma).ravel())
-            shapes.append(SHAPES.index(shape))
             sizes.append(size)
             shifts.append(shift)
-    return _Templates(np.stack(coverage), np.array(shapes), sizes, np.array(shifts, np.float32))
+    return _Templates(np.stack(coverage), sizes, np.array(shifts, np.float32))
 
 
 def _rendered(shape: str, diameter: float, shift: tuple[float, float]) -> NDArray[np.float32]:
@@ -188,18 +186,18 @@ def _identify(region: NDArray[np.bool_], others: NDArray[np.bool_], colour: str,
     touched = others[max(top - 1, 0) : bottom + 1, max(left - 1, 0) : right + 1].any()
     reach = _REACH_COVERED if touched else _REACH
     overlap = templates.coverage @ _placements(region, y, x, reach)
-    hidden = templates.coverage @ _placements(others, y, x, reach)
+    hidden = templates.coverage @ _placements(others, y, x, reach) if touched else np.zeros_like(overlap)
     whole = templates.coverage.sum(1, keepdims=True)
     iou = overlap / (len(ys) + whole - hidden - overlap)
     hidden = hidden / whole
     merit = np.where(1 - hidden >= MIN_SEEN, iou - COVER_PENALTY * hidden, 0.0)
-    by_shape = np.array([merit[templates.shape == shape].max() for shape in range(len(SHAPES))])
+    by_shape = merit.reshape(len(SHAPES), -1).max(1)
     t, p = np.unravel_index(merit.argmax(), merit.shape)
     second, first = np.sort(by_shape)[-2:]
     dy, dx = divmod(int(p), 2 * reach + 1)
     centre = templates.shift[t] + (x + dx - reach + 0.5, y + dy - reach + 0.5)
     return FoundObject(
-        shape=SHAPES[templates.shape[t]],
+        shape=SHAPES[by_shape.argmax()],
         colour=colour,
         size=templates.size[t],
         box=(left * scale, top * scale, right * scale, bottom * scale),

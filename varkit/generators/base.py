@@ -27,6 +27,7 @@ class Generator(nn.Module, ABC):
 
     width: int
     depth: int
+    conditioner: nn.Module
 
     @abstractmethod
     def prepare(self, condition: Condition) -> Prepared:

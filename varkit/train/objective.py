@@ -38,15 +38,18 @@ class NextStepLoss(nn.Module):
         super().__init__()
         self.generator, self.head, self.condition_drop = generator, head, condition_drop
 
+    def losses(self, canvas: Canvas, step: Step, condition: Mapping[str, Tensor]) -> Tensor:
+        """Loss of each target of the packed step, (B, T), over a filled canvas."""
+        h = teacher_forced(self.generator, canvas, step, condition)
+        return self.head.loss(h, {k: gather_positions(v, step.target) for k, v in canvas.latents().items()})
+
     def forward(
         self, canvas: Canvas, step: Step, condition: dict[str, Tensor], total: int, weights: Tensor | None = None
     ) -> Tensor:
-        """Loss of each target (B, T); its sum over T divided by `total` and meaned over B is the training loss."""
+        """The training loss, (): weighted losses summed over targets, over `total`, meaned over samples."""
         if self.training and self.condition_drop:
             condition = drop_condition(self.generator.conditioner, condition, self.condition_drop)
-        h = teacher_forced(self.generator, canvas, step, condition)
-        targets = {k: gather_positions(v, step.target) for k, v in canvas.latents().items()}
-        losses = self.head.loss(h, targets)
+        losses = self.losses(canvas, step, condition)
         scaled = losses if weights is None else losses * weights.to(losses.device)
         return scaled.sum(dim=1).mean() / total
 

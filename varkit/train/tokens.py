@@ -14,6 +14,7 @@ import torch
 
 from varkit.data.base import Dataset
 from varkit.files import atomic_folder
+from varkit.pictures import to_tensor
 from varkit.tokenizers.base import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -56,8 +57,7 @@ def encode(
         rows = numbers if size is None else numbers % size
         crops = np.random.default_rng([seed, start]).random((len(rows), 2))
         batch = dataset.batch(rows.tolist(), side, crops)
-        images = torch.from_numpy(batch.images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        ids.append(tokenizer.encode(images)["ids"].int().numpy())
+        ids.append(tokenizer.encode(to_tensor(batch.images))["ids"].int().numpy())
         if batch.labels is not None:
             labels.append(batch.labels)
         if batch.captions is not None:

@@ -1,0 +1,43 @@
+"""`varkit train`: make a model from a recipe or from a folder of pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from varkit.cli.console import log
+from varkit.files import ensure_writable
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a tokenizer and a generator from a recipe or your own pictures."""
+
+    recipe: Positional[str]
+    """A recipe (scenes, digits), a data set (emoji, photographs), a folder of pictures, or an .npy / .npz file."""
+    out: Path
+    """Folder for checkpoints, logs, sample grids and the finished model."""
+    minutes: float | None = None
+    """How long to train in all; turned into steps once."""
+    steps: int | None = None
+    """Steps of each stage, in place of minutes."""
+    tokenizer: Path | None = None
+    """Folder of a trained model whose tokenizer is used, so that only the generator is trained."""
+    resume: bool = False
+    """Go on with the training in --out where it stopped."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def run(self) -> None:
+        """Train, and say where the model is."""
+        from varkit.train.recipes import find_recipe
+        from varkit.train.run import Request, train_recipe
+
+        tokenizer = None if self.tokenizer is None else str(self.tokenizer)
+        request = Request(self.recipe, self.minutes, self.steps, tokenizer, self.seed)
+        recipe, dataset = find_recipe(self.recipe)
+        ensure_writable(self.out / "request.json")
+        model = train_recipe(request, recipe, dataset, self.out, self.resume, log)
+        if dataset.report.counts:
+            log(f"pictures: {dataset.report}")
+        print(model)

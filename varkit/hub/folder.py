@@ -1,0 +1,124 @@
+"""A pipeline folder: config.json, and one safetensors file for each part that has weights.
+
+    {"format_version": 1, "varkit": "0.1.0",
+     "parts": {"generator": {"type": "VAR", "config": {...}}, "plan": {"type": "scales", "config": {...}}, ...},
+     "defaults": {...}, "about": {...}}
+
+Everything but the first three entries is the caller's. Weights keep the dtype they were saved with.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from varkit import __version__
+from varkit.errors import UserError
+from varkit.files import StrPath, atomic_folder, write_json
+from varkit.hub.config import from_json, to_json
+from varkit.hub.registry import config_type, type_name
+from varkit.hub.states import build_empty, load_state, read_safetensors, write_safetensors
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+_OURS = ("format_version", "varkit", "parts")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a folder holds, by part name: `built` modules (in eval mode) and plans, their `configs`, and the `rest`."""
+
+    built: dict[str, Any]
+    configs: dict[str, Any]
+    rest: dict[str, Any] = field(default_factory=dict)
+
+
+def save_parts(
+    folder: StrPath,
+    parts: Mapping[str, tuple[Any, Any]],
+    rest: Mapping[str, Any] | None = None,
+    replace: bool = False,
+) -> None:
+    """Write {name: (module or plan, config)} and the caller's `rest` (JSON values) as one folder, atomically.
+
+    A folder that has files is refused unless `replace`.
+    """
+    rest = dict(rest or {})
+    assert not set(rest) & set(_OURS), f"{_OURS} are the folder's own"
+    entries = {
+        name: {"type": type_name(config), "config": to_json(config)} for name, (_, config) in parts.items()
+    }
+    whole = {"format_version": FORMAT_VERSION, "varkit": __version__, "parts": entries, **rest}
+    with atomic_folder(folder, replace=replace) as building:
+        for name, (built, _) in parts.items():
+            if isinstance(built, nn.Module):
+                write_safetensors(building / f"{name}.safetensors", built.state_dict())
+        write_json(building / CONFIG, whole)
+
+
+def load_parts(folder: StrPath) -> Parts:
+    """Read what `save_parts` wrote; memory-mapped, at the saved dtypes. Every problem is a `UserError`."""
+    root = Path(folder)
+    whole = _read_config(root)
+    configs = {name: _part_config(root, name, entry) for name, entry in whole["parts"].items()}
+    built = {name: _load_part(root, name, config) for name, config in configs.items()}
+    return Parts(built, configs, {k: v for k, v in whole.items() if k not in _OURS})
+
+
+def _load_part(root: Path, name: str, config: Any) -> Any:
+    built = build_empty(config.build)
+    if isinstance(built, nn.Module):
+        file = root / f"{name}.safetensors"
+        load_state(built, read_safetensors(file), repr(str(file)))
+        built.eval()
+    return built
+
+
+def _part_config(root: Path, name: str, entry: Any) -> Any:
+    where = f"parts.{name}"
+    file = repr(str(root / CONFIG))
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):  # it becomes a file name: no way out of the folder
+        raise UserError(f"{file} has a part named {name!r}; names are lower-case letters, digits and _")
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str) or "config" not in entry:
+        raise UserError(f'{file}: {where} must be an object with "type" and "config"; save the model again')
+    try:
+        return from_json(entry["config"], config_type(entry["type"]), f"{where}.config")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    file = root / CONFIG
+    if not root.is_dir():
+        raise UserError(f"there is no folder {str(root)!r}; give the folder of a saved model")
+    if not file.is_file():
+        raise UserError(f"the folder {str(root)!r} has no {CONFIG}; give the folder of a saved model")
+    try:
+        whole = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(file)!r} is not JSON ({error}); save the model again") from error
+    if (
+        not isinstance(whole, dict)
+        or "format_version" not in whole
+        or not isinstance(whole.get("parts"), dict)
+    ):
+        has = ", ".join(list(whole)[:5]) if isinstance(whole, dict) else type(whole).__name__
+        raise UserError(
+            f'{str(file)!r} is not a varkit model: it has {has or "nothing"}, but not "format_version" and "parts"; '
+            "published checkpoints are converted with `varkit convert`"
+        )
+    version = whole["format_version"]
+    if type(version) is not int or version < 1:
+        raise UserError(
+            f"{str(file)!r} has format_version {version!r}; it must be an integer from 1 to {FORMAT_VERSION}"
+        )
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{str(file)!r} has format_version {version}, newer than this varkit ({__version__}) reads "
+            f"({FORMAT_VERSION}); upgrade varkit"
+        )
+    return whole

@@ -1,0 +1,60 @@
+"""Renaming between our state dicts and published ones, both ways, from one list of rules.
+
+Rules rewrite our names into published ones; the other direction is the same map read backwards, so that the two can
+never disagree. Published tensors may carry leading dimensions of 1 that ours do not have.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from varkit.hub.states import State, check_state
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Replace the pattern `ours` in a name; `leading` ones stand before our shape in the published tensor."""
+
+    ours: str
+    published: str
+    leading: int = 0
+
+
+def published_name(name: str, rules: Sequence[Rule]) -> tuple[str, int]:
+    """The published name of ours, all rules applied in order, and its leading ones."""
+    leading = 0
+    for rule in rules:
+        name, count = re.subn(rule.ours, rule.published, name)
+        leading += rule.leading * count
+    return name, leading
+
+
+def from_published(
+    state: Mapping[str, Tensor], ours: Mapping[str, Tensor], rules: Sequence[Rule], where: str
+) -> State:
+    """Published tensors under the names and shapes of `ours` (whose values, possibly meta, are not read).
+
+    Raises `UserError` in published names for what is missing, left over or misshapen.
+    """
+    names = {name: published_name(name, rules) for name in ours}
+    wanted = {published: ours[name][(None,) * leading] for name, (published, leading) in names.items()}
+    check_state(wanted, state, where)
+    return {name: state[published].reshape(ours[name].shape) for name, (published, _) in names.items()}
+
+
+def to_published(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> State:
+    """Our tensors under published names and shapes."""
+    names = {name: published_name(name, rules) for name in state}
+    return {published: state[name][(None,) * leading] for name, (published, leading) in names.items()}
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def joined(**parts: Mapping[str, Tensor]) -> State:
+    """Several states as one, each under its keyword: the inverse of `part`."""
+    return {f"{prefix}.{name}": tensor for prefix, state in parts.items() for name, tensor in state.items()}

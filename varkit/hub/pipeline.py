@@ -1,0 +1,261 @@
+"""What users hold: a tokenizer, an order, a generator and its head, ready to make pictures.
+
+    pipeline = varkit.load("scenes")
+    images = pipeline.generate(["two red circles on a beige background"], seed=0)
+
+Legend: R condition branches, B samples.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from varkit.decode.cache.full import FullCache
+from varkit.decode.guidance import Guidance
+from varkit.decode.loop import Model, decode
+from varkit.decode.sampling import Sampler, SmoothSampler
+from varkit.decode.state import Options, State
+from varkit.draws import Draws
+from varkit.errors import UserError, unknown_name
+from varkit.files import StrPath
+from varkit.generators.base import Condition
+from varkit.generators.conditioning import ClassConfig
+from varkit.hub.config import from_json, to_json
+from varkit.hub.folder import CONFIG, load_parts, save_parts
+from varkit.pictures import to_pil
+
+Prompt = str | int
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+DEFAULT_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample. guidance s means u + s (c - u): 1 is off; `ramp` raises it from 1 over the steps (VAR).
+
+    temperature 0 is arg-max; top_k 0 and top_p 0 keep every code; `smooth` mixes codes (VAR's more_smooth).
+    """
+
+    guidance: float = 1.0
+    ramp: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+    smooth: bool = False
+
+    def __post_init__(self) -> None:
+        self.combine(), self.sampler()  # validates
+
+    def combine(self) -> Guidance:
+        """The guidance over branches."""
+        return Guidance(self.guidance, self.ramp)
+
+    def sampler(self) -> Sampler:
+        """The sampler of ids."""
+        return Sampler(self.temperature, self.top_k, self.top_p)
+
+
+class Pipeline:
+    """The parts of one model, by name, their configurations, default settings, and what is told about it."""
+
+    def __init__(
+        self,
+        parts: dict[str, Any],
+        configs: dict[str, Any],
+        settings: Settings,
+        about: dict[str, Any] | None = None,
+    ):
+        self.parts, self.configs, self.settings, self.about = parts, configs, settings, about or {}
+        self.tokenizer, self.generator = parts["tokenizer"].eval(), parts["generator"].eval()
+        self.model = Model(parts["plan"], self.generator, {"main": parts["head"].eval()})
+
+    @property
+    def condition(self) -> Any:
+        """The configuration of what steers the model: a `ClassConfig` or a `TextConfig`."""
+        return self.configs["generator"].condition
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator's weights are."""
+        return next(self.generator.parameters()).device
+
+    def to(self, *args: Any, **kwargs: Any) -> "Pipeline":
+        """Move or cast every part, as `torch.nn.Module.to` does."""
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(*args, **kwargs)
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of its pictures, in pixels."""
+        return self.tokenizer.image_size()
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Raise `UserError` for a size that this model's schedule cannot make."""
+        if size is not None and size != self.size:
+            (h, w), (own_h, own_w) = size, self.size
+            raise UserError(
+                f"size {h}x{w} cannot be made by this model; its schedule makes {own_h}x{own_w}: leave --size out"
+            )
+
+    def conditions(self, prompts: Sequence[Prompt]) -> Condition:
+        """Labels, class names or captions -> the condition (1, B, ...). Raises `UserError` for what the model does not know."""
+        if isinstance(self.condition, ClassConfig):
+            labels = [self._label(p) for p in prompts]
+            return {"label": torch.tensor([labels], device=self.device)}
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise UserError(
+                    f"label {prompt!r} was given to a text model; give a caption such as 'a red circle'"
+                )
+        return {"text": self.condition.encode([str(p) for p in prompts])[None].to(self.device)}
+
+    def _label(self, prompt: Prompt) -> int:
+        config: ClassConfig = self.condition
+        if isinstance(prompt, str) and prompt in config.names:
+            return config.names.index(prompt)
+        if isinstance(prompt, str) and not prompt.lstrip("-").isdigit():
+            names = config.names or tuple(str(i) for i in range(config.classes))
+            raise unknown_name("class", prompt, names, f"(or a label from 0 to {config.classes - 1})")
+        label = int(prompt)
+        if not 0 <= label < config.classes:
+            raise UserError(f"label {label} is out of range; this model knows 0 to {config.classes - 1}")
+        return label
+
+    @torch.no_grad()
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int = 0,
+        samples: Sequence[int] | None = None,
+        settings: Settings | None = None,
+    ) -> State:
+        """A decoding state for B prompts; `samples` are their numbers in the seed's stream (0 to B - 1)."""
+        settings = settings or self.settings
+        condition, combine = self.conditions(prompts), settings.combine()
+        if not combine.off:
+            null = self.generator.conditioner.null(condition)
+            condition = {k: torch.cat([v, null[k]]) for k, v in condition.items()}
+        prepared = self.generator.prepare(condition)
+        batch, branches = len(prompts), 1 if combine.off else 2
+        draws = Draws.start(seed, range(batch) if samples is None else samples)
+        pick = settings.sampler()
+        options = Options(
+            combine, SmoothSampler(pick, self.tokenizer.quantizer.codebook) if settings.smooth else pick
+        )
+        cache = FullCache(batch, branches, self.model.plan.slots)
+        return State.start(self.tokenizer.canvas(batch), cache, prepared, draws, options)
+
+    def stream(
+        self, prompts: Sequence[Prompt], seed: int = 0, **settings: Any
+    ) -> Iterator[list[Image.Image]]:
+        """The pictures so far, after each step; the last are the finished ones. `settings` replace the model's own."""
+        state = self.start(prompts, seed, settings=replace(self.settings, **settings))
+        for _ in decode(self.model, state):
+            yield to_pil(self._preview(state))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        n: int = 1,
+        seed: int = 0,
+        batch_size: int = DEFAULT_BATCH,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """`n` pictures for each prompt, prompt after prompt.
+
+        Picture i draws from sample i of `seed`, whatever the batch size. `settings` replace the model's own: guidance,
+        temperature, top_k, top_p, smooth. Raises `UserError` for unknown words or labels, n below 1, a negative seed.
+        """
+        wanted = list(self.jobs(prompts, n))
+        chosen = replace(self.settings, **settings)
+        images: list[Image.Image] = []
+        for start in range(0, len(wanted), batch_size):
+            rows = wanted[start : start + batch_size]
+            state = self.start(rows, seed, range(start, start + len(rows)), chosen)
+            for _ in decode(self.model, state):
+                pass
+            images += to_pil(self._preview(state))
+        return images
+
+    def jobs(self, prompts: Prompt | Sequence[Prompt], n: int) -> Sequence[Prompt]:
+        """Each prompt n times. Raises `UserError` for no prompt or n below 1."""
+        if n < 1:
+            raise UserError(f"n is {n}; ask for at least 1 picture")
+        listed = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        if not listed:
+            raise UserError("no prompt was given; give at least one caption or label")
+        return [p for p in listed for _ in range(n)]
+
+    @torch.no_grad()
+    def _preview(self, state: State) -> Tensor:
+        return state.canvas.preview()
+
+    def save(self, folder: StrPath, replace: bool = False) -> None:
+        """Write config.json and one safetensors file a part, atomically; a folder with files is refused unless `replace`."""
+        parts = {name: (built, self.configs[name]) for name, built in self.parts.items()}
+        save_parts(folder, parts, {"defaults": to_json(self.settings), "about": self.about}, replace=replace)
+
+    @classmethod
+    def from_folder(cls, folder: StrPath) -> "Pipeline":
+        """Read what `save` wrote."""
+        loaded = load_parts(folder)
+        missing = {"tokenizer", "plan", "generator", "head"} - set(loaded.built)
+        if missing:
+            raise UserError(
+                f"{str(Path(folder) / CONFIG)!r} lacks the parts {', '.join(sorted(missing))}; it is not a whole model"
+            )
+        settings = from_json(loaded.rest.get("defaults", {}), Settings, "defaults")
+        return cls(loaded.built, loaded.configs, settings, loaded.rest.get("about"))
+
+    @classmethod
+    def from_pretrained(cls, name: str, revision: str | None = None) -> "Pipeline":
+        """A bundled model, a folder, or a repository of the Hugging Face hub (the only case that uses the network)."""
+        if name in bundled() or Path(name).is_dir():
+            return load(name)
+        from huggingface_hub import snapshot_download
+
+        return cls.from_folder(
+            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"])
+        )
+
+    def push_to_hub(self, repository: str, private: bool = False) -> str:
+        """Upload the folder form to a repository of the Hugging Face hub; returns its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save(folder)
+            return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+
+def bundled() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.name for p in WEIGHTS.iterdir() if (p / CONFIG).is_file()) if WEIGHTS.is_dir() else []
+
+
+def load(name_or_folder: StrPath) -> Pipeline:
+    """A bundled model by name, a saved folder, or the output folder of a training.
+
+    Raises `UserError` naming the nearest known model."""
+    name = str(name_or_folder)
+    if name in bundled():
+        return Pipeline.from_folder(WEIGHTS / name)
+    folder = Path(name)
+    if (folder / "model" / CONFIG).is_file():  # a training's output
+        return Pipeline.from_folder(folder / "model")
+    if folder.is_dir():
+        return Pipeline.from_folder(folder)
+    raise unknown_name(
+        "model", name, bundled(), "A folder saved by varkit, or a training's output folder, works too."
+    )

@@ -1,0 +1,134 @@
+"""State dicts: reading checkpoint files safely, and loading them into modules with errors a person can act on.
+
+Files are memory-mapped, and modules are built without memory for their parameters, which the file's own tensors
+then become: loading costs about the size of the file, once.
+"""
+
+import difflib
+import pickle
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from varkit.errors import UserError
+from varkit.files import StrPath, atomic_write
+
+State = dict[str, Tensor]
+M = TypeVar("M")
+
+LISTED = 5
+"""Problems that an error names before it only counts."""
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def read_safetensors(path: StrPath) -> State:
+    """Tensors of a safetensors file, memory-mapped."""
+    _check_file(path)
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        raise UserError(
+            f"{str(path)!r} is a pickled checkpoint under a safetensors name; convert it with `varkit convert`"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"{str(path)!r} is damaged or not safetensors ({error}); fetch or save it again"
+        ) from error
+
+
+def write_safetensors(path: StrPath, state: Mapping[str, Tensor]) -> None:
+    """Write tensors at their own dtypes, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic_write(path) as part:
+        save_file(plain, part, metadata={"format": "pt"})
+
+
+def read_checkpoint(path: StrPath) -> dict[str, Any]:
+    """A published checkpoint, safetensors or pickled; of pickles only tensors and plain containers are unpacked."""
+    suffix = Path(path).suffix
+    if suffix == ".safetensors":
+        return dict(read_safetensors(path))
+    if suffix not in PICKLE_SUFFIXES:
+        allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+        raise UserError(f"{str(path)!r} ends in {suffix!r}; a checkpoint ends in one of {allowed}")
+    _check_file(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{str(path)!r} is damaged or holds more than tensors ({why}); code in checkpoints is never run: "
+            "save its state dict alone"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{str(path)!r} holds a {type(loaded).__name__}; a checkpoint is a dict of tensors")
+    return loaded
+
+
+def build_empty(build: Callable[[], M]) -> M:
+    """What `build` makes, with every module parameter on the meta device; buffers are real, so none is ever missing."""
+    me = threading.get_ident()
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != me:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
+    try:
+        return build()
+    finally:
+        hook.remove()
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Make `state` the parameters and buffers of `module`, at their own dtype and without a copy.
+
+    Raises `UserError` that names missing, unexpected and misshapen tensors, with the nearest names.
+    """
+    check_state(module.state_dict(), state, where)
+    module.load_state_dict(dict(state), strict=True, assign=True)
+
+
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Raise `UserError` unless both have the same names with the same shapes."""
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
+    problems = [f"missing {_named(n, expected)}{_near(n, extra, state)}" for n in missing]
+    problems += [f"unexpected {_named(n, state)}{_near(n, missing, expected)}" for n in extra]
+    problems += [
+        f"{n} is {tuple(state[n].shape)}, expected {tuple(expected[n].shape)}"
+        for n in expected
+        if n in state and state[n].shape != expected[n].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        listed = "; ".join(problems[:LISTED]) + more
+        raise UserError(
+            f"{where} does not fit its configuration: {listed}; check that both belong to one model"
+        )
+
+
+def _named(name: str, state: Mapping[str, Tensor]) -> str:
+    return f"{name} {tuple(state[name].shape)}"
+
+
+def _near(name: str, others: list[str], state: Mapping[str, Tensor]) -> str:
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
+    return f" (nearest: {_named(near[0], state)})" if near else ""
+
+
+def _check_file(path: StrPath) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {str(path)!r}; check the path")

@@ -1,0 +1,203 @@
+"""Published VAR checkpoints (FoundationVision/VAR: `vae_ch160v4096z32.pth`, `var_d16.pth` ...) <-> our parts.
+
+Configurations are read off the shapes. Buffers that the published code keeps in its checkpoints (level numbers,
+attention mask, zero key bias, codebook usage) are dropped on the way in and made anew on the way out.
+Legend: C width, L positions, K levels, V codes.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varkit.errors import UserError
+from varkit.generators.conditioning import ClassConfig
+from varkit.generators.var import VARConfig
+from varkit.hub.keymap import Rule, from_published, joined, part, to_published
+from varkit.hub.registry import CategoricalConfig
+from varkit.hub.states import State, build_empty
+from varkit.plans.schedule import Schedule, Side
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+
+SCHEDULES: dict[int, tuple[int, ...]] = {
+    680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    9451: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+"""The published schedules, by their number of positions."""
+
+HEAD_WIDTH = 64
+USAGE, LEVELS, MASK, KEY_BIAS = "quantize.ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking", ".zero_k_bias"
+
+GENERATOR_RULES = (
+    Rule(r"^generator\.start$", "pos_start", leading=1),
+    Rule(r"^generator\.position$", "pos_1LC", leading=1),
+    Rule(r"^generator\.level\.", "lvl_embed."),
+    Rule(r"^generator\.conditioner\.embed\.", "class_emb."),
+    Rule(r"^generator\.embed\.", "word_embed."),
+    Rule(r"^generator\.shared_modulation\.", "shared_ada_lin.1."),
+    Rule(r"^generator\.final_modulation\.", "head_nm.ada_lin.1."),
+    Rule(r"^generator\.blocks\.", "blocks."),
+    Rule(r"\.attention\.norm\.log_scale$", ".attn.scale_mul_1H11", leading=1),
+    Rule(r"\.attention\.qkv\.", ".attn.mat_qkv."),
+    Rule(r"\.attention\.out\.", ".attn.proj."),
+    Rule(r"\.attention\.([qv]_bias)$", r".attn.\1"),
+    Rule(r"\.ffn\.up\.", ".ffn.fc1."),
+    Rule(r"\.ffn\.down\.", ".ffn.fc2."),
+    Rule(r"\.modulation\.", ".ada_lin.1."),
+    Rule(r"\.modulation_offset$", ".ada_gss", leading=2),
+    Rule(r"^head\.out\.", "head."),
+)
+
+TOKENIZER_RULES = (
+    Rule(r"^(encoder)\.levels\.(\d+)\.", r"\1.down.\2."),
+    Rule(r"^(decoder)\.levels\.(\d+)\.", r"\1.up.\2."),
+    Rule(r"^(encoder\.down\.\d+)\.resample\.", r"\1.downsample.conv."),
+    Rule(r"^(decoder\.up\.\d+)\.resample\.", r"\1.upsample.conv."),
+    Rule(r"\.middle\.block([12])\.", r".mid.block_\1."),
+    Rule(r"\.middle\.attention\.", ".mid.attn_1."),
+    Rule(r"\.blocks\.", ".block."),
+    Rule(r"\.attention\.", ".attn."),
+    Rule(r"\.shortcut\.", ".nin_shortcut."),
+    Rule(r"\.proj\.", ".proj_out."),
+    Rule(r"^quantizer\.embedding\.", "quantize.embedding."),
+)
+
+
+def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
+    """The published states in a loaded file, as {"tokenizer": ..., "generator": ...}, or one of the two.
+
+    Takes plain state dicts and trainer checkpoints, which nest both under `trainer`.
+    """
+    trainer = checkpoint.get("trainer")
+    if isinstance(trainer, Mapping):
+        nested = {"tokenizer": trainer.get("vae_local"), "generator": trainer.get("var_wo_ddp")}
+        found = {name: dict(state) for name, state in nested.items() if state}
+    else:
+        marks = {"tokenizer": "quantize.embedding.weight", "generator": "pos_1LC"}
+        found = {name: dict(checkpoint) for name, mark in marks.items() if mark in checkpoint}
+    if not found:
+        raise UserError(
+            f"not a VAR checkpoint: it holds {', '.join(list(checkpoint)[:5]) or 'nothing'}; expected a tokenizer "
+            "(quantize.embedding.weight ...), a generator (pos_1LC ...) or a trainer checkpoint of both"
+        )
+    return found
+
+
+def tokenizer_config(
+    state: Mapping[str, Tensor], schedule: tuple[Side, ...] = SCHEDULES[680]
+) -> MultiScaleVQConfig:
+    """The configuration that the shapes of a published tokenizer tell; they do not tell the schedule."""
+    first = _get(state, "encoder.conv_in.weight", "tokenizer").shape[0]
+    levels = range(_count(state, r"encoder\.down\.(\d+)\."))
+    widths = [_get(state, f"encoder.down.{i}.block.0.conv1.weight", "tokenizer").shape[0] for i in levels]
+    vocab_size, code_channels = _get(state, "quantize.embedding.weight", "tokenizer").shape
+    conv = ConvConfig(
+        channels=first,
+        multipliers=tuple(width // first for width in widths),
+        res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=_get(state, "encoder.conv_out.weight", "tokenizer").shape[0],
+        attention="encoder.mid.attn_1.qkv.weight" in state,
+    )
+    partly = _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+    sharing = 1 if "quantize.quant_resi.qresi.weight" in state else partly
+    return MultiScaleVQConfig(conv, vocab_size, code_channels, schedule, phi_sharing=sharing)
+
+
+def tokenizer_from_published(state: Mapping[str, Tensor], config: MultiScaleVQConfig) -> State:
+    """A published tokenizer's tensors as the state of `MultiScaleVQ`."""
+    weights = {name: tensor for name, tensor in state.items() if name != USAGE}
+    ours = build_empty(config.build).state_dict()
+    return from_published(weights, ours, _tokenizer_rules(config), "the VAR tokenizer checkpoint")
+
+
+def tokenizer_to_published(state: Mapping[str, Tensor], config: MultiScaleVQConfig) -> State:
+    """The inverse; codebook usage, which only training knows, is zero."""
+    usage = torch.zeros(len(config.schedule), config.vocab_size)
+    return to_published(state, _tokenizer_rules(config)) | {USAGE: usage}
+
+
+def _tokenizer_rules(config: MultiScaleVQConfig) -> tuple[Rule, ...]:
+    shared = {0: r"quantize.quant_resi.\1.", 1: "quantize.quant_resi.qresi."}
+    name = shared.get(config.phi_sharing, r"quantize.quant_resi.qresi_ls.\1.")
+    return (*TOKENIZER_RULES, Rule(r"^quantizer\.phis\.(\d+)\.", name))
+
+
+def generator_configs(
+    state: Mapping[str, Tensor], schedule: tuple[Side, ...] | None = None
+) -> tuple[VARConfig, CategoricalConfig]:
+    """The configurations of generator and head that the shapes of a published generator tell.
+
+    Without cosine attention they do not tell the heads, which are then 64 wide, as released.
+    """
+    classes, width = _get(state, "class_emb.weight", "generator").shape
+    scale = state.get("blocks.0.attn.scale_mul_1H11")
+    depth = _count(state, r"blocks\.(\d+)\.")
+    config = VARConfig.published(
+        depth,
+        schedule or generator_schedule(state),
+        width=width,
+        heads=width // HEAD_WIDTH if scale is None else scale.shape[1],
+        code_width=_get(state, "word_embed.weight", "generator").shape[1],
+        condition=ClassConfig(classes - 1),
+        mlp_ratio=_get(state, "blocks.0.ffn.fc1.weight", "generator").shape[0] / width,
+        cosine=scale is not None,
+        shared_modulation="shared_ada_lin.1.weight" in state,
+    )
+    return config, CategoricalConfig(width, _get(state, "head.weight", "generator").shape[0])
+
+
+def generator_schedule(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The schedule of a published generator: from its level numbers, else by its number of positions."""
+    total = _get(state, "pos_1LC", "generator").shape[1]
+    if LEVELS in state:
+        sides = tuple(round(n**0.5) for n in torch.bincount(state[LEVELS].flatten()).tolist())
+        if sum(side * side for side in sides) == total:
+            return sides
+    if total not in SCHEDULES:
+        known = ", ".join(map(str, SCHEDULES))
+        raise UserError(f"no published schedule has {total} positions (known: {known}); give the schedule")
+    return SCHEDULES[total]
+
+
+def generator_from_published(
+    state: Mapping[str, Tensor], schedule: tuple[Side, ...] | None = None
+) -> tuple[State, State]:
+    """A published generator's tensors as the states of `VAR` and `CategoricalHead`."""
+    for name, tensor in state.items():
+        if name.endswith(KEY_BIAS) and bool(tensor.any()):
+            raise UserError(
+                f"{name} of the VAR checkpoint is not zero; VAR's keys have no bias, so it is another model"
+            )
+    buffers = (LEVELS, MASK)
+    weights = {n: t for n, t in state.items() if n not in buffers and not n.endswith(KEY_BIAS)}
+    config, head = generator_configs(state, schedule)
+    ours = joined(generator=build_empty(config.build).state_dict(), head=build_empty(head.build).state_dict())
+    found = from_published(weights, ours, GENERATOR_RULES, "the VAR generator checkpoint")
+    return part(found, "generator."), part(found, "head.")
+
+
+def generator_to_published(
+    state: Mapping[str, Tensor], head: Mapping[str, Tensor], config: VARConfig
+) -> State:
+    """The inverse, with the buffers that the published code expects."""
+    schedule = Schedule.parse(config.schedule)
+    level = schedule.level_of
+    hidden = torch.zeros(schedule.total, schedule.total).masked_fill(level[:, None] < level, -torch.inf)
+    buffers = {LEVELS: level[None], MASK: hidden[None, None]}
+    buffers |= {f"blocks.{i}.attn{KEY_BIAS}": torch.zeros(config.width) for i in range(config.depth)}
+    return to_published(joined(generator=state, head=head), GENERATOR_RULES) | buffers
+
+
+def _get(state: Mapping[str, Tensor], name: str, what: str) -> Tensor:
+    if name not in state:
+        raise UserError(f"the VAR {what} checkpoint lacks {name}; check that it is a published VAR {what}")
+    return state[name]
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many numbers the group of `pattern` takes among the names."""
+    return len({m[1] for m in (re.match(pattern, name) for name in state) if m})

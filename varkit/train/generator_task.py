@@ -1,0 +1,100 @@
+"""What the trainer does for a generator over tokens: teacher forcing on encoded pictures, labels or captions beside them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from varkit.canvases.base import Canvas
+from varkit.generators.base import Generator
+from varkit.generators.conditioning import ClassConfig
+from varkit.generators.text import TextConfig
+from varkit.heads.base import Head
+from varkit.plans.base import StaticPlan
+from varkit.tokenizers.base import Tokenizer
+from varkit.train.objective import NextStepLoss, Progressive
+from varkit.train.task import Phase, Task
+from varkit.train.tokens import Tokens
+
+
+class NextStepTask(Task):
+    """Train `generator` and `head` to follow `plan` over `tokens`; the tokenizer stays as it is.
+
+    levels: position -> level, for losses by level in validation. draw: makes the sample grid (a pipeline's business, so it is
+    passed in). progressive: VAR's growing number of scales, or None.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, generator: Generator, head: Head, plan: StaticPlan, tokens: Tokens, held_out: Tokens,
+        batch_size: int, recipe: dict, seed: int = 0, condition_drop: float = 0.1, draw: Callable[[], Image.Image] | None = None,
+        progressive: Progressive | None = None,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.plan, self.tokens, self.held_out = tokenizer.eval().requires_grad_(False), plan, tokens, held_out
+        self.recipe, self.phases = recipe, (Phase("generator", ("generator", "head")),)
+        self.batch_size, self.seed, self.draw, self.progressive = batch_size, seed, draw, progressive
+        self.objective = NextStepLoss(generator, head, condition_drop)
+        self.modules: dict[str, nn.Module] = {"generator": generator, "head": head}
+        self._steps = {len(plan.steps): plan.training_step()}
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def batch(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ids (B, L) and the condition (B, ...): each epoch goes once through a seeded permutation."""
+        rows = [self._row(step * self.batch_size + i, micro) for i in range(self.batch_size)]
+        return self._take(self.tokens, np.array(rows))
+
+    def _row(self, position: int, micro: int) -> int:
+        epoch, place = divmod(position, len(self.tokens))
+        key = epoch * 1009 + micro
+        if self._order[0] != key:
+            self._order = (key, np.random.default_rng([self.seed, epoch, micro]).permutation(len(self.tokens)))
+        return int(self._order[1][place])
+
+    def _take(self, tokens: Tokens, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        ids = torch.from_numpy(np.asarray(tokens.ids[rows], dtype=np.int64))
+        config = self.objective.generator.config.condition  # type: ignore[union-attr]
+        if isinstance(config, TextConfig):
+            assert tokens.captions is not None, "a text model is trained on captioned pictures"
+            return ids, {"text": config.encode([tokens.captions[i] for i in rows])}
+        assert isinstance(config, ClassConfig)
+        labels = np.zeros(len(rows), np.int64) if tokens.labels is None else tokens.labels[rows]
+        return ids, {"label": torch.from_numpy(labels)}
+
+    def loss(self, phase: str, batch: tuple[Tensor, dict[str, Tensor]], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean cross-entropy (nats) over the plan's targets."""
+        ids, condition = batch
+        levels, newest = (len(self.plan.steps), 1.0) if self.progressive is None else self.progressive.at(step)
+        if levels not in self._steps:
+            self._steps[levels] = self.plan.training_step(levels)
+        weights = None
+        if newest < 1.0:
+            weights = torch.ones(self._steps[levels].target.shape[-1])
+            weights[-self.plan.steps[levels - 1].target.shape[-1] :] = newest
+        total = self._steps[len(self.plan.steps)].target.shape[-1]
+        loss = self.objective(self._filled(ids), self._steps[levels], condition, total, weights)
+        return loss, {"loss": loss.item()}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Held-out loss (nats a token) overall and of each step of the plan when it has few."""
+        step, losses = self._steps[len(self.plan.steps)], []
+        for start in range(0, min(512, len(self.held_out)), 64):
+            rows = np.arange(start, min(start + 64, len(self.held_out)))
+            ids, condition = self._take(self.held_out, rows)
+            losses.append(self.objective.losses(self._filled(ids), step, condition))
+        each = torch.cat(losses).mean(dim=0)
+        result = {"loss": each.mean().item()}
+        if len(self.plan.steps) <= 16:
+            sizes = [s.target.shape[-1] for s in self.plan.steps]
+            result |= {f"loss_{k}": part.mean().item() for k, part in enumerate(each.split(sizes))}
+        return result
+
+    def samples(self) -> Image.Image | None:
+        """A grid of pictures, if the caller knows how to draw them."""
+        return None if self.draw is None else self.draw()
+
+    def _filled(self, ids: Tensor) -> Canvas:
+        canvas = self.tokenizer.canvas(len(ids))
+        canvas.fill({"ids": ids})
+        return canvas

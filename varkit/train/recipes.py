@@ -1,0 +1,157 @@
+"""Recipes: everything that makes a model from pictures, by name. `folder_recipe` fits one to a folder of any size.
+
+Sizes were chosen by measurement on two cores; `docs/log.md` tells what else was tried.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from varkit.data.base import Dataset
+from varkit.data.registry import BUILT_IN, open_dataset
+from varkit.errors import UserError, unknown_name
+from varkit.generators.conditioning import ClassConfig
+from varkit.generators.text import TextConfig
+from varkit.generators.var import VARConfig
+from varkit.hub.pipeline import Settings
+from varkit.plans.schedule import Side
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.train.task import TrainConfig
+from varkit.train.tokenizer_loss import TokenizerLossConfig
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """How the tokenizer is built and trained. share: part of `--minutes` that it gets."""
+
+    config: MultiScaleVQConfig
+    train: TrainConfig
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    batch_size: int = 32
+    share: float = 0.35
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe:
+    """How the generator is built and trained, over how many encoded pictures, and how it samples by default."""
+
+    config: VARConfig
+    train: TrainConfig
+    batch_size: int = 64
+    pictures: int = 4096
+    condition_drop: float = 0.1
+    settings: Settings = Settings()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name, the data set it is made from, and both stages. prompts: what sample grids ask for."""
+
+    name: str
+    dataset: str
+    tokenizer: TokenizerRecipe
+    generator: GeneratorRecipe
+    prompts: tuple[str | int, ...] = field(default=())
+
+
+PYRAMID_8 = (1, 2, 3, 4, 6, 8)
+
+
+def scenes() -> Recipe:
+    """Captioned scenes at 64 x 64: the bundled text model."""
+    from varkit.data.captions import WORDS
+
+    side: tuple[Side, ...] = PYRAMID_8
+    tokenizer = MultiScaleVQConfig(
+        ConvConfig(channels=32, multipliers=(1, 2, 2, 4), res_blocks=1, latent_channels=32, attention=False),
+        vocab_size=1024, code_channels=16, schedule=side,
+    )  # fmt: skip
+    text = TextConfig(vocabulary=tuple(WORDS), length=24, width=128, depth=2, heads=4)
+    generator = VARConfig(
+        depth=6, width=256, heads=8, schedule=side, code_width=16, condition=text, shared_modulation=True, adaln_init=0.5
+    )
+    return Recipe(
+        "scenes",
+        "scenes",
+        TokenizerRecipe(tokenizer, TrainConfig(minutes=30, lr=2e-3, weight_decay=1e-4, clip=1.0)),
+        GeneratorRecipe(
+            generator,
+            TrainConfig(minutes=60, lr=1e-3, dtype="bfloat16", final=0.02),
+            pictures=150_000,
+            settings=Settings(guidance=2.5, top_p=0.95),
+        ),
+        prompts=(
+            "two red circles on a beige background", "a green ring left of an orange heart", "three blue stars",
+            "a small white cross above a large purple square on a navy background", "a yellow triangle",
+            "four black diamonds", "a blue square and a red heart", "a white star on a teal background",
+        ),
+    )  # fmt: skip
+
+
+def digits() -> Recipe:
+    """scikit-learn's handwritten digits at 32 x 32, by class."""
+    side: tuple[Side, ...] = (1, 2, 3, 4)
+    tokenizer = MultiScaleVQConfig(
+        ConvConfig(channels=16, multipliers=(1, 2, 4, 4), res_blocks=1, latent_channels=32, attention=False),
+        vocab_size=256, code_channels=8, schedule=side,
+    )  # fmt: skip
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    generator = VARConfig(
+        depth=4, width=128, heads=4, schedule=side, code_width=8, condition=ClassConfig(10, names), adaln_init=0.5, drop_path=0.05
+    )
+    return Recipe(
+        "digits",
+        "digits",
+        TokenizerRecipe(tokenizer, TrainConfig(minutes=2.5, lr=2e-3, weight_decay=1e-4, clip=1.0)),
+        GeneratorRecipe(
+            generator,
+            TrainConfig(minutes=3.5, lr=2e-3, dtype="bfloat16", weight_decay=0.1, final=0.02),
+            pictures=1545,
+            settings=Settings(guidance=2.0),
+        ),
+        prompts=tuple(range(10)),
+    )
+
+
+def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
+    """A recipe for any data set: 64 x 64; text by bytes when there are captions, else by class (one when unlabelled)."""
+    probe = dataset.batch([0], (64, 64))
+    side: tuple[Side, ...] = PYRAMID_8
+    tokenizer = replace(scenes().tokenizer, train=TrainConfig(minutes=10, lr=2e-3, weight_decay=1e-4, clip=1.0))
+    if probe.captions is not None:
+        condition: ClassConfig | TextConfig = TextConfig(length=128)
+    else:
+        names = tuple(dataset.class_names or ("all",))
+        condition = ClassConfig(len(names), names)
+    config = VARConfig(
+        depth=6, width=192, heads=6, schedule=side, code_width=16, condition=condition, shared_modulation=True,
+        adaln_init=0.5, drop_path=0.05,
+    )  # fmt: skip
+    size = dataset.size or 50_000
+    generator = GeneratorRecipe(
+        config,
+        TrainConfig(minutes=20, lr=1e-3, dtype="bfloat16", weight_decay=0.1, final=0.02),
+        pictures=max(size, min(16 * size, 8192)),
+        settings=Settings(guidance=2.0, top_p=0.95),
+    )
+    if isinstance(condition, TextConfig):
+        rows = list(range(min(8, dataset.size or 8)))
+        prompts: tuple[str | int, ...] = tuple(dataset.batch(rows, (64, 64)).captions or ())
+    else:
+        prompts = tuple(i % condition.classes for i in range(8))
+    return Recipe("folder", spec, tokenizer, generator, prompts)
+
+
+RECIPES = {"scenes": scenes, "digits": digits}
+
+
+def find_recipe(spec: str) -> tuple[Recipe, Dataset]:
+    """The recipe called `spec`, or one for the data set (by name), folder or array file it names, with its data."""
+    if spec in RECIPES:
+        return RECIPES[spec](), open_dataset(spec)
+    try:
+        dataset = open_dataset(spec)
+    except UserError as error:
+        if str(error).startswith("unknown dataset"):
+            raise unknown_name("recipe", spec, {*RECIPES, *BUILT_IN}, "A folder of pictures works too.") from error
+        raise
+    return folder_recipe(spec, dataset), dataset

@@ -1,0 +1,110 @@
+"""What the trainer does for a VQ tokenizer: reconstruct pictures, keep the codebook alive, optionally against a critic."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from varkit.data.base import Dataset
+from varkit.pictures import grid, to_pil, to_tensor
+from varkit.tokenizers.codebook import CodebookKeeper, CodebookStatistics
+from varkit.tokenizers.multiscale_vq import QuantizedTokenizer
+from varkit.train.task import Phase, Task
+from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig, psnr
+
+BETAS = (0.5, 0.9)
+"""AdamW's moments for tokenizers (vaex)."""
+
+
+class ReconstructionTask(Task):
+    """Train `tokenizer` on `dataset` in batches of `batch_size`; validation on the held-out part (first 256 items).
+
+    Codes unused for `patience` steps move onto current residuals, until `revive_until`.
+    """
+
+    def __init__(
+        self, tokenizer: QuantizedTokenizer, dataset: Dataset, loss: TokenizerLossConfig, batch_size: int, recipe: dict,
+        seed: int = 0, patience: int = 100, revive_until: int = 2**62,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.batch_size, self.seed, self.revive_until = tokenizer, batch_size, seed, revive_until
+        self.recipe = recipe
+        self.train, self.held_out = dataset.split("train"), dataset.split("validation")
+        self.losses = TokenizerLoss(loss)
+        self.keeper = CodebookKeeper(tokenizer.quantizer.embedding, patience=patience)
+        self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
+        self.phases: tuple[Phase, ...] = (Phase("tokenizer", ("tokenizer",), betas=BETAS),)
+        if self.losses.discriminator is not None:
+            self.modules["discriminator"] = self.losses.discriminator
+            self.phases += (Phase("discriminator", ("discriminator",), betas=BETAS, weight_decay=0.0),)
+        self._outputs: dict[str, Tensor] = {}
+        tokenizer.initialize_codebook(self.batch(0, 0), torch.Generator().manual_seed(seed))
+
+    @property
+    def side(self) -> tuple[int, int]:
+        """Pixels the tokenizer works at, (H, W)."""
+        return self.tokenizer.image_size()
+
+    def batch(self, step: int, micro: int) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], a pure function of (seed, step, micro)."""
+        rng = np.random.default_rng([self.seed, step, micro])
+        size = 2**40 if self.train.size is None else self.train.size
+        rows = rng.integers(0, size, self.batch_size).tolist()
+        return to_tensor(self.train.batch(rows, self.side, rng.random((self.batch_size, 2))).images)
+
+    def loss(self, phase: str, batch: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        """One phase of the two-player game, or the only one."""
+        if phase == "discriminator":
+            return self.losses.discriminate(self._outputs, batch)
+        self._outputs = self.tokenizer.training_forward(batch)
+        return self.losses.generator(self._outputs, batch, step, self.tokenizer.decoder.conv_out.weight)
+
+    def keeps_float32(self, name: str) -> bool:
+        """Codes, and the convolutions beside them, are exact whatever the run's dtype; so is the critic."""
+        return ".quantizer." in name or name.startswith("discriminator.")
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Move dead codes; their number is logged."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        if step >= self.revive_until:
+            return {}
+        return {"revived": float(self.keeper.update(self._outputs["residuals"], self._outputs["ids"], generator))}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs beside the modules."""
+        return self.keeper.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        self.keeper.load_state_dict(state)
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """PSNR over held-out pictures (mean of squared errors first), codebook usage and perplexity."""
+        schedule = self.tokenizer.schedule
+        statistics = CodebookStatistics(len(self.tokenizer.quantizer.codebook), schedule)
+        errors = []
+        for images in self._held_out(256):
+            latents = self.tokenizer.encode(images)
+            statistics.update(latents["ids"])
+            errors.append((self.tokenizer.decode(latents) - images).square().mean(dim=(1, 2, 3)))
+        levels = {f"perplexity_{k}": statistics.perplexity(k) for k in range(len(schedule))}
+        return {
+            "psnr": psnr(torch.cat(errors).mean().item()),
+            "usage": statistics.usage(),
+            "perplexity": statistics.perplexity(),
+            **levels,
+        }
+
+    @torch.inference_mode()
+    def samples(self) -> Image.Image:
+        """Held-out pictures above their reconstructions."""
+        images = next(iter(self._held_out(8)))
+        rebuilt = self.tokenizer.decode(self.tokenizer.encode(images))
+        return grid([*to_pil(images), *to_pil(rebuilt)], columns=len(images))
+
+    def _held_out(self, count: int):
+        source = self.held_out if self.held_out.size != 0 else self.train
+        count = count if source.size is None else min(count, source.size)
+        for start in range(0, count, 32):
+            rows = list(range(start, min(count, start + 32)))
+            yield to_tensor(source.batch(rows, self.side).images)

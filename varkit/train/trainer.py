@@ -1,0 +1,267 @@
+"""One step of training: accumulation, clipping, averaged weights, an explicit compute dtype, and its whole state.
+
+A bfloat16 run keeps float32 master weights and computes the loss with parameters cast once a micro-step
+(`torch.func.functional_call`); gradients come back to the masters through the cast. The modules then compute exactly
+as a model stored in bfloat16 does, with no list of operations that changes behind one's back.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varkit.errors import UserError
+from varkit.train.optim import EMA, NamedAdamW, lr_factor
+from varkit.train.runs import Checkpoint
+from varkit.train.task import Phase, Task, TrainConfig
+
+WARM_STEPS, TIMED_STEPS = 2, 5
+
+
+@dataclass
+class Counters:
+    """What a run knows besides tensors. sums: [sum, count] of each metric since the last log line."""
+
+    step: int = 0
+    seconds: float = 0.0
+    bad_in_a_row: int = 0
+    skipped: int = 0
+    lr_scale: float = 1.0
+    restored: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Take a step's metrics into the running means; one that is not finite would spoil its mean and is left out."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                total = self.sums.setdefault(name, [0.0, 0])
+                total[0] += value
+                total[1] += 1
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
+
+
+class Trainer:
+    """The tensors of a run, and one step of it."""
+
+    def __init__(self, task: Task, config: TrainConfig) -> None:
+        _check(task)
+        self.task, self.config = task, config
+        self.model = nn.ModuleDict(dict(task.modules)).train()
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dtype = getattr(torch, config.dtype)
+        self.loss = _Loss(task, self.model)
+        self.ema = EMA(self.model, config.ema)
+        self.optimizers = {phase.name: self._optimizer(phase) for phase in task.phases}
+        self.at = Counters()
+
+    def step(self, steps: int) -> dict[str, float] | None:
+        """Do the next of `steps`; its metrics, or None when something was not finite and the step was skipped."""
+        at, config = self.at, self.config
+        lr = config.lr * at.lr_scale
+        lr *= lr_factor(config.schedule, at.step, steps, config.warmup, config.final)
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        metrics = self._gradients()
+        if metrics is None:
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+            at.skipped += 1
+            at.bad_in_a_row += 1
+        else:
+            at.bad_in_a_row = 0
+            for phase in self.task.phases:
+                if at.step >= phase.start:
+                    self.optimizers[phase.name].step(lr * phase.lr_scale)
+            seed_torch(config.seed, at.step, "after")
+            with torch.no_grad():
+                metrics |= self.task.after_step(at.step)
+            self.ema.update()
+            metrics["lr"] = lr
+        at.step += 1
+        return metrics
+
+    def _gradients(self) -> dict[str, float] | None:
+        """Leave each phase's mean gradients on its parameters, clipped; the metrics, or None if not finite."""
+        step, sums = self.at.step, Counters()
+        phases = [phase for phase in self.task.phases if step >= phase.start]
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        # The one place where data is indexed: ranks of a parallel run would take micro-batches in turn.
+        for micro in range(self.config.accumulation):
+            seed_torch(self.config.seed, step, "batch", micro)
+            batch = self.task.batch(step, micro)
+            for phase in phases:
+                metrics = self._backward(phase, batch, micro)
+                if metrics is None:
+                    return None
+                sums.add(self._named(phase, metrics))
+        # The one place where gradients are complete: ranks of a parallel run would average them here.
+        norms = {phase: self._clip(phase) for phase in phases}
+        if not all(map(math.isfinite, norms.values())):
+            return None
+        means = sums.means()
+        for phase, norm in norms.items():
+            means |= self._named(phase, {"grad_norm": norm})
+        return means
+
+    def _backward(self, phase: Phase, batch: Any, micro: int) -> dict[str, float] | None:
+        """Add one micro-batch's share to the phase's gradients; its metrics, or None if the loss is not finite."""
+        seed_torch(self.config.seed, self.at.step, phase.name, micro)
+        with self._only(phase):
+            loss, metrics = self.loss.compute(self.dtype, phase.name, batch, self.at.step)
+            value = loss.item()
+            if not math.isfinite(value):
+                return None
+            (loss / self.config.accumulation).backward()
+        return {**{name: float(metric) for name, metric in metrics.items()}, "loss": value}
+
+    def _clip(self, phase: Phase) -> float:
+        parameters = self.optimizers[phase.name].parameters.values()
+        return nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf).item()
+
+    def _named(self, phase: Phase, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics of phases after the first carry their phase's name."""
+        first = phase is self.task.phases[0]
+        return metrics if first else {f"{phase.name}_{name}": value for name, value in metrics.items()}
+
+    @contextmanager
+    def _only(self, phase: Phase) -> Iterator[None]:
+        """Other phases' parameters need no gradients meanwhile: no graph is built where only they would be reached."""
+        own = self.optimizers[phase.name].parameters
+        others = [p for o in self.optimizers.values() for name, p in o.parameters.items() if name not in own]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _optimizer(self, phase: Phase) -> NamedAdamW:
+        parameters = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and name.partition(".")[0] in phase.parts
+        }
+        if not parameters:
+            raise UserError(f"phase {phase.name!r} has no parameter to train in {', '.join(phase.parts)}")
+        decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
+        return NamedAdamW(parameters, phase.decays, decay, phase.betas or self.config.betas)
+
+    def validate(self) -> tuple[dict[str, float], Any]:
+        """Metrics and a picture of the averaged weights."""
+        with self.ema.swapped_in():
+            seed_torch(self.config.seed, 0, "validate")
+            metrics = {name: float(value) for name, value in self.task.validate().items()}
+            seed_torch(self.config.seed, 0, "samples")
+            return metrics, self.task.samples()
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything a run needs to go on; the tensors are the live ones."""
+        moments = {
+            f"{phase}/{name}": value
+            for phase, optimizer in self.optimizers.items()
+            for name, value in optimizer.state_dict().items()
+        }
+        tensors = {
+            "weights": self.model.state_dict(),
+            "ema": self.ema.weights,
+            "optimizer": moments,
+            "task": self.task.state(),
+        }
+        scalars = {**dataclasses.asdict(self.at), "ema_updates": self.ema.updates}
+        return Checkpoint(tensors, scalars)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Inverse of `checkpoint`."""
+        self.restore_tensors(checkpoint)
+        self.at = Counters(**{k: v for k, v in checkpoint.scalars.items() if k != "ema_updates"})
+
+    def restore_tensors(self, checkpoint: Checkpoint) -> None:
+        """Weights, moments and averages as they were; the step stays."""
+        tensors = checkpoint.tensors
+        self.model.load_state_dict(tensors["weights"])
+        for name, value in tensors["ema"].items():
+            self.ema.weights[name].copy_(value)
+        self.ema.updates = checkpoint.scalars["ema_updates"]
+        for phase, optimizer in self.optimizers.items():
+            prefix = f"{phase}/"
+            own = {k.removeprefix(prefix): v for k, v in tensors["optimizer"].items() if k.startswith(prefix)}
+            optimizer.load_state_dict(own)
+        self.task.load_state(tensors["task"])
+
+
+class _Loss(nn.Module):
+    """A task's loss as a module, which is what lets all its parts' parameters be exchanged at once."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+
+    def forward(self, phase: str, batch: Any, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        return self.task.loss(phase, batch, step)
+
+    def compute(self, dtype: torch.dtype, *args: Any) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The loss with the parameters in `dtype`: the only place where a compute dtype is chosen."""
+        if dtype == torch.float32:
+            return self(*args)
+        cast = {
+            f"model.{name}": p.to(dtype)
+            for name, p in self.model.named_parameters()
+            if p.is_floating_point() and not self.task.keeps_float32(name)
+        }
+        loss, metrics = torch.func.functional_call(self, cast, args)
+        return loss.float(), metrics
+
+
+def seed_torch(seed: int, step: int, purpose: str, micro: int = 0) -> None:
+    """Seed torch's generators from where the run is, so that nothing random has to be saved."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{purpose}/{micro}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def measure(trainer: Trainer, minutes: float) -> int:
+    """Steps that fit into `minutes`, from a few real ones with every phase on; the trainer is put back afterwards."""
+    started = time.monotonic()
+    live = trainer.checkpoint()
+    tensors = {file: {k: v.clone() for k, v in named.items()} for file, named in live.tensors.items()}
+    before = Checkpoint(tensors, json.loads(json.dumps(live.scalars)))
+    trainer.at.step = max(phase.start for phase in trainer.task.phases)
+    times = []
+    for _ in range(WARM_STEPS + TIMED_STEPS):
+        start = time.monotonic()
+        trainer.step(2**31)
+        times.append(time.monotonic() - start)
+    start = time.monotonic()
+    trainer.validate()
+    validation = time.monotonic() - start
+    trainer.restore(before)
+    per_step = median(times[WARM_STEPS:]) + validation / trainer.config.validate_every
+    left = 60 * minutes - (time.monotonic() - started) - validation
+    return max(1, int(left / per_step))
+
+
+def _check(task: Task) -> None:
+    names = [phase.name for phase in task.phases]
+    assert names and len(set(names)) == len(names), f"phases need distinct names, got {names}"
+    for part in task.modules:
+        assert "." not in part, f"the part name {part!r} must not contain a dot"
+    for phase in task.phases:
+        missing = set(phase.parts) - set(task.modules)
+        assert not missing, f"phase {phase.name!r} names {sorted(missing)}, which are not among the modules"
