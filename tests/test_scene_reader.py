@@ -228,5 +228,7 @@ def test_phrases_of_two_nouns_count_each_shape() -> None:
     ]
     image = paint([*things, SceneObject("star", "white", "large", 0.5, 0.7)], "teal", 64)
     assert geneval.score(image, "two red circles and a white star")
+    assert geneval.score(image, "a red circle and a red circle")
+    assert not geneval.score(image, "a white star and a white star")
     assert not geneval.score(image, "two red circles and two white stars")
     assert parse("two red circles").phrases == (Phrase(2, None, "red", "circle"),)

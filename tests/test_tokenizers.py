@@ -20,7 +20,7 @@ from varkit.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig, ph
 from varkit.tokenizers.vq import VQ, VQConfig
 from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig, hinge_loss
 
-CONV = ConvConfig(channels=8, multipliers=(1, 2, 2), res_blocks=1, latent_channels=8)
+CONV = ConvConfig(channels=8, multipliers=(1, 2, 2), res_blocks=1, latent_channels=8, groups=2)
 PYRAMID = MultiScaleVQConfig(CONV, vocab_size=64, code_channels=8, schedule=(1, 2, 3, 4))
 GRID = VQConfig(CONV, vocab_size=64, code_channels=4, grid=4)
 WIDE = Schedule.of(1, (2, 3), (3, 5), (4, 6))
@@ -98,7 +98,7 @@ def test_phi_sharing_zero_makes_one_for_each_level() -> None:
 
 
 def test_attention_is_softmax_over_positions() -> None:
-    attention = Attention(8).double()
+    attention = Attention(8, groups=4).double()
     x = torch.randn(2, 8, 3, 4, generator=seeded(), dtype=torch.float64)
     q, k, v = attention.qkv(attention.norm(x)).flatten(2).chunk(3, dim=1)
     weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(8), dim=-1)
@@ -412,6 +412,7 @@ def test_channels_last_gives_the_same_ids() -> None:
         (lambda: make().decode({"ids": torch.zeros(1, 4, dtype=torch.int64)}), "4 ids.*30"),
         (lambda: make().decode(make().encode(waves(1)), levels=5), "levels is 5"),
         (lambda: ConvConfig(channels=40), "40.*32"),
+        (lambda: ConvConfig(groups=0), "groups is 0"),
         (lambda: ConvConfig(multipliers=()), "multipliers"),
         (lambda: ConvConfig(res_blocks=0), "res_blocks is 0"),
         (lambda: MultiScaleVQConfig(vocab_size=1), "vocab_size is 1"),

@@ -14,6 +14,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         options = "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    elif not names:
+        options = "none is known"
     elif len(names) <= 12:
         options = "known: " + ", ".join(names)
     else:

@@ -1,5 +1,6 @@
 """`varkit verify`: run reference cases of published implementations and say whether ours agrees."""
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,11 +59,16 @@ def _print_rows(name: str, rows: "list[Row]") -> None:
     print_table(columns, table, title=name)
 
 
+def _finite(error: float | None) -> float | None:
+    """JSON knows neither infinity nor NaN; the verdict beside it says that it failed."""
+    return error if error is not None and math.isfinite(error) else None
+
+
 def _summary(case: Any, rows: "list[Row]", seconds: float) -> dict[str, Any]:
     return {
         "case": case.name,
         "family": case.config["family"],
         "passed": all(row.passed for row in rows),
         "seconds": round(seconds, 2),
-        "arrays": [asdict(row) for row in rows],
+        "arrays": [asdict(row) | {"error": _finite(row.error)} for row in rows],
     }

@@ -109,9 +109,9 @@ def _clauses(requirement: Requirement, reading: Reading) -> Iterable[Clause]:
         yield from clauses
         matched.append(things)
     if requirement.category == "counting":
-        for shape in dict.fromkeys(phrase.shape for phrase in requirement.phrases):
-            asked = sum(phrase.count for phrase in requirement.phrases if phrase.shape == shape)
-            yield Clause(f"exactly {asked} {shape}", sum(thing.shape == shape for thing in sure) == asked)
+        shapes = {phrase.shape for phrase in requirement.phrases}
+        found = sorted(f"{thing.colour} {thing.shape}" for thing in sure if thing.shape in shapes)
+        yield Clause("no more of the shape", tuple(found) == requirement.content)
     if requirement.relation:
         first, second = matched
         pairs = [(a, b) for a in first for b in second]

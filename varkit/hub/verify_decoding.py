@@ -1,7 +1,8 @@
 """Greedy decoding against reference tokens, through the library's own decoding loop and cache.
 
 Arg-max decoding of a whole picture diverges for good at the first tie that rounds the other way. So each step is
-given the reference's choice to go on from, and must itself have rated that choice as the best, or within rounding of it.
+given the reference's choice to go on from, and must itself have rated that choice as the best, or within rounding of
+the best.
 Legend: B samples, T targets, V vocabulary, L positions.
 """
 

@@ -10,6 +10,8 @@ from varkit.canvases.grid import GridCanvas
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model
 from varkit.errors import UserError
+from varkit.generators.llamagen import LlamaGen
+from varkit.heads.categorical import CategoricalHead
 from varkit.hub.llamagen import generator_configs, generator_from_published
 from varkit.hub.states import build_empty, load_state
 from varkit.hub.verify import Case
@@ -25,33 +27,38 @@ def verify(case: Case) -> None:
         raise UserError(
             f"case {case.name!r} is a {kind!r} model; of LlamaGen only 'c2i' (class to image) is supported"
         )
-    model = _model(case)
+    generator, head = _generator(case)
+    side = math.isqrt(case.entry("config", "block_size"))
+    plan = RasterPlan((side, side))
     tokens, labels = case.input("input_tokens"), case.input("labels")
-    _compare_training(case, model, tokens, labels)
+    _compare_training(case, plan, generator, head)
     guidance = Guidance(case.entry("cfg"))
+    model = Model(plan, generator, {"main": head})
     compare_greedy(case, model, _canvas(tokens), labels, case.entry("config", "num_classes"), guidance)
 
 
-def _model(case: Case) -> Model:
+def _generator(case: Case) -> tuple[LlamaGen, CategoricalHead]:
     published = case.state("state")
-    configs = generator_configs(published, heads=case.entry("config", "n_head"))
-    generator, head = (build_empty(config.build).eval() for config in configs)
-    for module, state in zip((generator, head), generator_from_published(published, configs), strict=True):
-        load_state(module, state, "the generator")
-    side = math.isqrt(case.entry("config", "block_size"))
-    return Model(RasterPlan((side, side)), generator, {"main": head})
+    config, head_config = generator_configs(published, heads=case.entry("config", "n_head"))
+    generator, head = build_empty(config.build), build_empty(head_config.build)
+    state, head_state = generator_from_published(published, (config, head_config))
+    load_state(generator, state, "the generator")
+    load_state(head, head_state, "the head")
+    return generator.eval(), head.eval()
 
 
 def _canvas(tokens: Tensor) -> GridCanvas:
-    return GridCanvas.empty(*tokens.shape, {"ids": ((), torch.int64)})
+    batch, positions = tokens.shape
+    return GridCanvas.empty(batch, positions, {"ids": ((), torch.int64)})
 
 
-def _compare_training(case: Case, model: Model, tokens: Tensor, labels: Tensor) -> None:
+def _compare_training(case: Case, plan: RasterPlan, generator: LlamaGen, head: CategoricalHead) -> None:
     """Teacher forcing in one packed pass: the logits read at slot i predict token i."""
+    tokens, labels = case.reference("input_tokens"), case.reference("labels")
     canvas = _canvas(tokens)
     canvas.fill({"ids": tokens})
-    step = model.plan.training_step()
-    prepared = model.generator.prepare({"label": labels[None]})
-    h = model.generator(canvas.feed(step.feed), step, prepared, Packed(step.sees.own_mask(len(step.feed))))
-    logits = model.heads["main"].logits(gather_positions(h, step.read))
+    step = plan.training_step()
+    prepared = generator.prepare({"label": labels[None]})
+    h = generator(canvas.feed(step.feed), step, prepared, Packed(step.sees.own_mask(len(step.feed))))
+    logits = head.logits(gather_positions(h, step.read))
     case.compare("logits", logits if case.entry("strides") == "full" else logits[:, ::7, ::61])

@@ -33,10 +33,10 @@ def verify(case: Case) -> None:
     generator, head = _generator(case, schedule)
     _compare_tokenizer(case, tokenizer, schedule)
     labels = case.input("labels")
-    model = Model(ScalePlan(schedule), generator, {"main": head})
-    _compare_training(case, tokenizer, model, labels)
+    _compare_training(case, tokenizer, generator, head, labels)
     # Published: (1 + t) c - t u with t rising from 0 to cfg, which is u + s (c - u) with s up to 1 + cfg.
     guidance = Guidance(1 + case.entry("cfg"), ramp=True)
+    model = Model(ScalePlan(schedule), generator, {"main": head})
     canvas = tokenizer.canvas(len(labels), schedule)
     compare_greedy(case, model, canvas, labels, case.entry("generator", "num_classes"), guidance)
     case.compare("greedy_image", _every(case, (canvas.preview() + 1) / 2, (2, 4), (3, 4)))
@@ -74,7 +74,7 @@ def _forced_encoding(
 ) -> tuple[Tensor, Tensor]:
     """Encode f (B, D, h, w), each level going on from the reference's ids (B, L) of the levels before it.
 
-    Returns our ids (B, L), and by how much the reference's code is farther than the nearest, (B, L), in squared distance.
+    Returns our ids (B, L), and by how much the reference's code is farther than the nearest (B, L, squared distance).
     """
     quantizer = tokenizer.quantizer
     ours, gap = torch.full_like(theirs, -1), torch.full(theirs.shape, torch.inf)
@@ -92,24 +92,25 @@ def _forced_encoding(
     return ours, gap
 
 
-def _compare_training(case: Case, tokenizer: MultiScaleVQ, model: Model, labels: Tensor) -> None:
+def _compare_training(
+    case: Case, tokenizer: MultiScaleVQ, generator: VAR, head: CategoricalHead, labels: Tensor
+) -> None:
     """Teacher forcing on the reference's tokens, as in training: one packed pass under the block-causal mask."""
-    plan = model.plan
-    assert isinstance(plan, ScalePlan)
-    canvas = tokenizer.canvas(len(labels), plan.schedule)
+    schedule = Schedule.parse(generator.config.schedule)
+    canvas = tokenizer.canvas(len(labels), schedule)
     canvas.fill({"ids": case.reference("tokens")})
-    step = plan.training_step()
+    step = ScalePlan(schedule).training_step()
     fed = canvas.feed(step.feed)
     shown = fed["vectors"][:, step.feed.shows >= 0]
     case.compare("teacher_input", _every(case, shown, (1, 5)))
-    prepared = model.generator.prepare({"label": labels[None]})
+    prepared = generator.prepare({"label": labels[None]})
     window = Packed(step.sees.own_mask(len(step.feed)))
-    logits = model.heads["main"].logits(model.generator(fed, step, prepared, window))
+    logits = head.logits(generator(fed, step, prepared, window))
     case.compare("logits", _every(case, logits, (1, 7), (2, 5)))
 
 
 def _every(case: Case, x: Tensor, *strides: tuple[int, int]) -> Tensor:
-    """The part of x that a case with strides "big" stores: every n-th entry of the dimensions given as (dimension, n)."""
+    """What a case with strides "big" stores of x: every n-th entry along each (dimension, n)."""
     if case.entry("strides") == "full":
         return x
     for dimension, n in strides:

@@ -103,7 +103,8 @@ class Sees:
         seen = None if self.past is None else torch.isin(ids, self.past)[None]
         if self.mask is None:
             return seen
-        narrowed = self.mask[..., ids]
+        width = self.mask.shape[-1]
+        narrowed = self.mask[..., ids.clamp(max=width - 1)] & (ids < width)  # what the mask does not name is not seen
         return narrowed if seen is None else narrowed & seen
 
 
@@ -281,7 +282,7 @@ def replace_with_nothing(step: Step) -> Step:
 
 
 def _collated_sees(rows: Sequence[Step], longest: int) -> Sees:
-    first = rows[0].sees
+    first = next(r.sees for r in rows if len(r.feed))
     simple = isinstance(first.own, str) and all(r.sees.whole_past and r.sees.own is first.own for r in rows if len(r.feed))
     if simple:
         return first

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from varkit.errors import UserError
 
-MAX_GROUPS = 32
 EPS = 1e-6
 
 
@@ -23,7 +22,8 @@ class ConvConfig:
     """Sizes of the encoder and of its mirror image. The defaults are VAR's published tokenizer.
 
     `attention` puts attention after each block of the lowest level and in the middle; small grids do without
-    it.
+    it. `groups` is that of the normalisation (a narrower level has one a channel). Keep 4 or more channels in
+    each: a group of one channel forgets its mean, and with it the colour of a plain background.
     """
 
     channels: int = 160
@@ -31,6 +31,7 @@ class ConvConfig:
     res_blocks: int = 2
     latent_channels: int = 32
     attention: bool = True
+    groups: int = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -38,14 +39,14 @@ class ConvConfig:
             raise UserError(
                 f"multipliers {self.multipliers} must be one or more integers >= 1, e.g. (1, 2, 4)"
             )
-        for name in ("channels", "res_blocks", "latent_channels"):
+        for name in ("channels", "res_blocks", "latent_channels", "groups"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for width in self.widths:
-            if width % min(MAX_GROUPS, width):
+            if width % min(self.groups, width):
                 raise UserError(
-                    f"a level of {width} channels does not split into {MAX_GROUPS} normalisation groups; "
-                    f"choose channels {self.channels} below {MAX_GROUPS}, or a multiple of it"
+                    f"a level of {width} channels does not split into {self.groups} normalisation groups; "
+                    f"choose groups that divide channels, {self.channels}"
                 )
 
     @property
@@ -59,19 +60,29 @@ class ConvConfig:
         return int(2 ** (len(self.multipliers) - 1))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Normalisation over (at most) 32 groups."""
-    return nn.GroupNorm(min(MAX_GROUPS, channels), channels, eps=EPS)
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Normalisation over (at most) `groups` groups."""
+    return nn.GroupNorm(min(groups, channels), channels, eps=EPS)
+
+
+def initialize(module: nn.Module) -> None:
+    """Start a convolution so that it keeps the variance of its input; for `Module.apply`.
+
+    PyTorch's own start shrinks it to a third each time, and a tokenizer then takes long to see its images.
+    """
+    if isinstance(module, nn.Conv2d) and module.bias is not None:
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        nn.init.zeros_(module.bias)
 
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1 x 1 shortcut where the width changes."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(inputs)
+        self.norm1 = group_norm(inputs, groups)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = group_norm(outputs)
+        self.norm2 = group_norm(outputs, groups)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -84,9 +95,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head attention between all positions of a feature map, with a residual."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -119,11 +130,13 @@ class Upsample(nn.Conv2d):
 class Level(nn.Module):
     """The blocks of one resolution, each with attention where asked, then the change of resolution."""
 
-    def __init__(self, widths: list[int], attention: bool, resample: nn.Module) -> None:
+    def __init__(self, widths: list[int], groups: int, attention: bool, resample: nn.Module) -> None:
         super().__init__()
         pairs = zip(widths, widths[1:], strict=False)
-        self.blocks = nn.ModuleList(ResBlock(inputs, outputs) for inputs, outputs in pairs)
-        self.attention = nn.ModuleList(Attention(w) if attention else nn.Identity() for w in widths[1:])
+        self.blocks = nn.ModuleList(ResBlock(inputs, outputs, groups) for inputs, outputs in pairs)
+        self.attention = nn.ModuleList(
+            Attention(width, groups) if attention else nn.Identity() for width in widths[1:]
+        )
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,11 +148,11 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, attention: bool) -> None:
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
-        self.block1 = ResBlock(channels, channels)
-        self.attention = Attention(channels) if attention else nn.Identity()
-        self.block2 = ResBlock(channels, channels)
+        self.block1 = ResBlock(channels, channels, groups)
+        self.attention = Attention(channels, groups) if attention else nn.Identity()
+        self.block2 = ResBlock(channels, channels, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block2(self.attention(self.block1(x)))
@@ -158,10 +171,15 @@ class Encoder(nn.Module):
             before = widths[i - 1] if i else config.channels
             down = Downsample(width) if i < last else nn.Identity()
             self.levels.append(
-                Level([before] + [width] * config.res_blocks, config.attention and i == last, down)
+                Level(
+                    [before] + [width] * config.res_blocks,
+                    config.groups,
+                    config.attention and i == last,
+                    down,
+                )
             )
-        self.middle = Middle(widths[-1], config.attention)
-        self.norm_out = group_norm(widths[-1])
+        self.middle = Middle(widths[-1], config.groups, config.attention)
+        self.norm_out = group_norm(widths[-1], config.groups)
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -179,16 +197,21 @@ class Decoder(nn.Module):
         widths = config.widths
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.middle = Middle(widths[-1], config.attention)
+        self.middle = Middle(widths[-1], config.groups, config.attention)
         self.levels = nn.ModuleList()
         for i, width in enumerate(widths):
             before = widths[i + 1] if i < last else width
             up = Upsample(width) if i > 0 else nn.Identity()
             # One block more than the encoder's, as published.
             self.levels.append(
-                Level([before] + [width] * (config.res_blocks + 1), config.attention and i == last, up)
+                Level(
+                    [before] + [width] * (config.res_blocks + 1),
+                    config.groups,
+                    config.attention and i == last,
+                    up,
+                )
             )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = group_norm(widths[0], config.groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

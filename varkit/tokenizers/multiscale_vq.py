@@ -25,7 +25,7 @@ from varkit.errors import UserError
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.base import Latents, Tokenizer
 from varkit.tokenizers.codebook import Codebook
-from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder
+from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder, initialize
 
 if TYPE_CHECKING:
     from varkit.canvases.base import Canvas
@@ -212,6 +212,8 @@ class QuantizedTokenizer(Tokenizer):
         self.quant_conv = nn.Conv2d(conv.latent_channels, channels, kernel, padding=kernel // 2)
         self.post_quant_conv = nn.Conv2d(channels, conv.latent_channels, kernel, padding=kernel // 2)
         self.decoder = Decoder(conv)
+        for part in (self.encoder, self.quant_conv, self.post_quant_conv, self.decoder):
+            part.apply(initialize)
 
     def encode_features(self, images: Tensor, schedule: Schedule | None = None) -> Tensor:
         """Images (B, 3, H, W) -> f (B, D, h, w) float32, not quantised."""

@@ -62,21 +62,23 @@ def scenes() -> Recipe:
 
     side: tuple[Side, ...] = PYRAMID_8
     tokenizer = MultiScaleVQConfig(
-        ConvConfig(channels=32, multipliers=(1, 2, 2, 4), res_blocks=1, latent_channels=32, attention=False),
+        ConvConfig(channels=16, multipliers=(1, 2, 4, 4), res_blocks=1, latent_channels=32, attention=False),
         vocab_size=1024, code_channels=16, schedule=side,
     )  # fmt: skip
     text = TextConfig(vocabulary=tuple(WORDS), length=24, width=128, depth=2, heads=4)
     generator = VARConfig(
-        depth=6, width=256, heads=8, schedule=side, code_width=16, condition=text, shared_modulation=True, adaln_init=0.5
+        depth=6, width=240, heads=6, schedule=side, code_width=16, condition=text, shared_modulation=True, adaln_init=0.5
     )
     return Recipe(
         "scenes",
         "scenes",
-        TokenizerRecipe(tokenizer, TrainConfig(minutes=30, lr=2e-3, weight_decay=1e-4, clip=1.0)),
+        TokenizerRecipe(
+            tokenizer, TrainConfig(steps=6000, lr=2e-3, weight_decay=1e-4, clip=1.0, final=0.02), batch_size=16
+        ),
         GeneratorRecipe(
             generator,
-            TrainConfig(minutes=60, lr=1e-3, dtype="bfloat16", final=0.02),
-            pictures=150_000,
+            TrainConfig(minutes=65, lr=1e-3, dtype="bfloat16", final=0.02),
+            pictures=100_000,
             settings=Settings(guidance=2.5, top_p=0.95),
         ),
         prompts=(

@@ -86,6 +86,7 @@ class Task(Protocol):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from varkit.tokenizers.multiscale_vq import QuantizedTokenizer
 from varkit.train.task import Phase, Task
 from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig, psnr
 
-BETAS = (0.5, 0.9)
-"""AdamW's moments for tokenizers (vaex)."""
+ADVERSARIAL_BETAS = (0.5, 0.9)
+"""AdamW's moments when a critic plays along (vaex); without one the run's own are used."""
 
 
 class ReconstructionTask(Task):
@@ -32,10 +32,13 @@ class ReconstructionTask(Task):
         self.losses = TokenizerLoss(loss)
         self.keeper = CodebookKeeper(tokenizer.quantizer.embedding, patience=patience)
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
-        self.phases: tuple[Phase, ...] = (Phase("tokenizer", ("tokenizer",), betas=BETAS),)
+        self.phases: tuple[Phase, ...] = (Phase("tokenizer", ("tokenizer",)),)
         if self.losses.discriminator is not None:
             self.modules["discriminator"] = self.losses.discriminator
-            self.phases += (Phase("discriminator", ("discriminator",), betas=BETAS, weight_decay=0.0),)
+            self.phases = (
+                Phase("tokenizer", ("tokenizer",), betas=ADVERSARIAL_BETAS),
+                Phase("discriminator", ("discriminator",), betas=ADVERSARIAL_BETAS, weight_decay=0.0),
+            )
         self._outputs: dict[str, Tensor] = {}
         tokenizer.initialize_codebook(self.batch(0, 0), torch.Generator().manual_seed(seed))
 

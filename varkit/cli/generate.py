@@ -1,0 +1,174 @@
+"""`varkit generate`: captions or labels to pictures."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from varkit.cli.console import progress
+from varkit.errors import UserError
+from varkit.files import atomic_write, ensure_writable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from varkit.hub.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Replacements for a model's own sampling settings."""
+
+    guidance: float | None = None
+    """Guidance scale s in u + s (c - u); 1 is off."""
+    temperature: float | None = None
+    """0 takes the likeliest code, 1 samples as learned."""
+    top_k: int | None = None
+    """Keep only the k likeliest codes; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the likeliest codes of this total probability; 0 keeps all."""
+    smooth: bool = False
+    """Mix codes instead of choosing one (VAR's more_smooth)."""
+
+    def chosen(self) -> dict[str, Any]:
+        """What was given, by name."""
+        values = {n: getattr(self, n) for n in ("guidance", "temperature", "top_k", "top_p")}
+        given = {n: v for n, v in values.items() if v is not None}
+        return given | ({"smooth": True} if self.smooth else {})
+
+
+@dataclass(frozen=True)
+class Generate(Sampling):
+    """Make pictures from a caption, a label, or a file of prompts."""
+
+    caption: Positional[str | None] = None
+    """What to draw, for a text model; the name of a class, for a class model."""
+    model: str = "scenes"
+    """A bundled model, a saved folder, or a training's output folder."""
+    label: int | None = None
+    """What to draw, for a class model: a label."""
+    prompts: Path | None = None
+    """A text file with one prompt a line."""
+    n: int = 1
+    """Pictures for each prompt."""
+    seed: int = 0
+    """Seed; picture i draws from sample i of it."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels, if the model makes several."""
+    out: Path | None = None
+    """FILE.png (n > 1 writes FILE-0.png ...) or a folder; by default a name made from the prompt."""
+    grid: bool = False
+    """Write one picture with all of them."""
+    previews: bool = False
+    """Also write a strip of each picture as it grew, step by step (NAME-previews.png)."""
+
+    def run(self) -> None:
+        """Write the pictures and print their paths."""
+        prompts = self._prompts()
+        size = parse_size(self.size)
+        if self.n < 1:
+            raise UserError(f"--n is {self.n}; ask for at least 1 picture")
+        targets = self._targets(prompts)
+        for target in targets:
+            ensure_writable(target)
+
+        from varkit.hub.pipeline import load
+
+        pipeline = load(self.model)
+        pipeline.check_size(size)
+        jobs = list(pipeline.jobs(prompts, self.n))
+        images, strips = draw(pipeline, jobs, self.seed, self.chosen())
+        if self.grid:
+            from varkit.pictures import grid
+
+            images = [grid(images, columns=min(len(images), 8 if self.n == 1 else self.n))]
+        for path, image in zip(targets, images, strict=True):
+            save_picture(image, path)
+        if self.previews:
+            for path, strip in zip(self._strip_targets(prompts), strips, strict=True):
+                save_picture(strip, path)
+
+    def _prompts(self) -> list[str | int]:
+        given = [name for name in ("caption", "label", "prompts") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} were given; give one of a caption, --label or --prompts")
+        if self.prompts is not None:
+            lines = [line.strip() for line in self.prompts.read_text(encoding="utf-8").splitlines()]
+            found: list[str | int] = [line for line in lines if line]
+            if not found:
+                raise UserError(f"{str(self.prompts)!r} has no prompt; write one a line")
+            return found
+        if self.label is not None:
+            return [self.label]
+        if self.caption is None:
+            raise UserError("nothing to draw was given; add a caption, --label N or --prompts FILE")
+        return [self.caption]
+
+    def _targets(self, prompts: Sequence[str | int]) -> list[Path]:
+        return self._paths(prompts, single=self.grid)
+
+    def _strip_targets(self, prompts: Sequence[str | int]) -> list[Path]:
+        return [p.with_name(f"{p.stem}-previews.png") for p in self._paths(prompts, single=False)]
+
+    def _paths(self, prompts: Sequence[str | int], single: bool) -> list[Path]:
+        count = 1 if single else len(prompts) * self.n
+        out = self.out if self.out is not None else Path(f"{slug(prompts[0])}.png")
+        if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):  # a folder
+            if single:
+                return [out / "grid.png"]
+            jobs = [(i, p) for i, p in enumerate(p for p in prompts for _ in range(self.n))]
+            return [out / f"{i:0{len(str(count - 1))}d}-{slug(p)}.png" for i, p in jobs]
+        if count == 1:
+            return [out]
+        return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+
+
+def draw(
+    pipeline: "Pipeline", jobs: Sequence[str | int], seed: int, settings: dict[str, Any], batch_size: int = 8
+) -> tuple[list["Image.Image"], list["Image.Image"]]:
+    """Finished pictures and the strip of previews of each, with a progress bar."""
+    from dataclasses import replace
+
+    import torch
+
+    from varkit.decode.loop import decode
+    from varkit.pictures import grid, to_pil
+
+    chosen = replace(pipeline.settings, **settings)
+    images, strips = [], []
+    with progress("drawing", len(jobs)) as advance:
+        for first in range(0, len(jobs), batch_size):
+            rows = jobs[first : first + batch_size]
+            state = pipeline.start(rows, seed, range(first, first + len(rows)), chosen)
+            with torch.no_grad():
+                grown = [to_pil(state.canvas.preview()) for state in decode(pipeline.model, state)]
+            images += grown[-1]
+            strips += [grid(list(frames), columns=len(frames)) for frames in zip(*grown, strict=True)]
+            advance(len(rows))
+    return images, strips
+
+
+def save_picture(image: "Image.Image", path: Path) -> None:
+    """Write a picture by atomic rename and print its path."""
+    with atomic_write(path) as part:
+        image.save(part)
+    print(path)
+
+
+def slug(prompt: str | int) -> str:
+    """A short file name made from a prompt."""
+    words = re.sub(r"[^a-z0-9]+", "-", str(prompt).lower()).strip("-")
+    return words[:60].strip("-") or "picture"
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH -> (height, width). Raises `UserError` for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not found:
+        raise UserError(f"--size {text!r} is not HEIGHTxWIDTH in pixels; write e.g. 64x64")
+    return int(found[1]), int(found[2])
