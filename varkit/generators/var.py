@@ -130,18 +130,18 @@ class VAR(Generator):
 
     def _embed(self, vectors: Tensor, step: Step, start: Tensor) -> Tensor:
         """(B, L, D) -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
-        slots = step.feed
-        device = self.position.device
-        ids, level = slots.ids.clamp(min=0).to(device), slots.level.to(device)
-        h = rows(self.embed(vectors.to(self.embed.weight.dtype)), start.shape[0] // vectors.shape[0])
-        blank = (slots.shows < 0).to(device)
-        if bool(blank.any()):
-            first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]
-            blank = blank if blank.ndim == 1 else rows(blank, start.shape[0] // vectors.shape[0])
-            first = first if first.shape[0] == h.shape[0] else first.repeat(h.shape[0] // first.shape[0], 1, 1)
-            h = torch.where(blank[..., None], first, h)
-        place = self.position[ids] + self.level(level)
-        return h + (place if ids.ndim == 1 else rows(place, h.shape[0] // place.shape[0]))
+        repeats, device = start.shape[0] // vectors.shape[0], self.position.device
+        ids, level, shows = (t.to(device) for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows))
+
+        def per_row(t: Tensor) -> Tensor:
+            """What is given for each sample, for each row; what is shared by all, as it is."""
+            return rows(t, repeats) if step.feed.ids.ndim == 2 else t
+
+        h = rows(self.embed(vectors.to(self.embed.weight.dtype)), repeats)
+        if bool((shows < 0).any()):
+            first = start[:, None] + per_row(self.start[ids.clamp(max=len(self.start) - 1)])
+            h = torch.where(per_row(shows < 0)[..., None], first, h)
+        return h + per_row(self.position[ids] + self.level(level))
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -167,7 +167,7 @@ def pack(steps: Sequence[Step]) -> Step:
         rows = slice(starts[i], starts[i] + lengths[i])
         mask = query.sees.own_mask(lengths[i])
         own[..., rows, rows] = True if mask is None else mask
-        gone = torch.zeros_like(query.feed.ids[..., :0])
+        gone = query.feed.ids if query.writes else query.feed.ids[..., :0]  # it sees its own slots in their newest form
         for j in range(i - 1, -1, -1):
             key = steps[j]
             if not key.writes:

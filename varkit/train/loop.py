@@ -10,7 +10,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,17 +56,15 @@ def train(
     run_dir: StrPath,
     resume: bool = False,
     quiet: bool = False,
-    recipe: Mapping[str, Any] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result:
     """Train `task` in the folder `run_dir`, or continue the run that is there.
 
     A continued run ends with the same weights, bit for bit, as one that was never interrupted (same machine, versions
-    and threads). `recipe`, JSON that says what the task is, is recorded, and must be the same on resuming. `on_log`
-    sees each line of the log.
+    and threads). `on_log` sees each line of the log.
     """
     trainer = Trainer(task, config)
-    run, steps = _open(trainer, run_dir, resume, dict(recipe or {}))
+    run, steps = _open(trainer, run_dir, resume)
     if done := run.finished():
         return Result(done["step"], done["metrics"], run.path)
     with Progress(steps, quiet) as progress, _held_interrupt() as interrupted:
@@ -108,11 +106,11 @@ def recorded_steps(run_dir: StrPath) -> int:
     return int(Run.open(run_dir).read_config()["steps"])
 
 
-def _open(trainer: Trainer, run_dir: StrPath, resume: bool, recipe: dict[str, Any]) -> tuple[Run, int]:
+def _open(trainer: Trainer, run_dir: StrPath, resume: bool) -> tuple[Run, int]:
     """The run's folder, and its steps: given, measured once, or read from a run that is resumed."""
     config = trainer.config
     # Through JSON, so that tuples compare with the lists that they become.
-    now = json.loads(json.dumps({"recipe": recipe, "train": dataclasses.asdict(config)}))
+    now = json.loads(json.dumps({"recipe": trainer.task.recipe, "train": dataclasses.asdict(config)}))
     if resume:
         run = Run.open(run_dir)
         record = run.read_config()

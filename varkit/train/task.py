@@ -48,12 +48,14 @@ class Phase:
 class Task(Protocol):
     """What is trained. Subclass it: the methods with a body may be left as they are.
 
-    modules: everything trained, by part name. batch_size: pictures in one `batch`. Of a micro-batch the losses of all
-    phases are computed one after the other, then every optimiser steps, so a phase may use what an earlier one kept.
+    modules: everything trained, by part name. recipe: JSON that says what the task is; a run resumes only with an equal
+    one. batch_size: pictures in one `batch`. Of a micro-batch the losses of all phases are computed one after the
+    other, so a phase may use what an earlier one kept; then every optimiser steps.
     """
 
     modules: Mapping[str, nn.Module]
     phases: tuple[Phase, ...]
+    recipe: dict[str, Any]
     batch_size: int
 
     def batch(self, step: int, micro: int) -> Any:

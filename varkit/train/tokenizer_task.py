@@ -80,7 +80,7 @@ class ReconstructionTask(Task):
         """Inverse of `state_dict`."""
         self.keeper.load_state_dict(state)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """PSNR over held-out pictures (mean of squared errors first), codebook usage and perplexity."""
         schedule = self.tokenizer.schedule
@@ -98,7 +98,7 @@ class ReconstructionTask(Task):
             **levels,
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def samples(self) -> Image.Image:
         """Held-out pictures above their reconstructions."""
         images = next(iter(self._held_out(8)))

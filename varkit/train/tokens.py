@@ -42,7 +42,7 @@ class Tokens:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode(
     tokenizer: Tokenizer, dataset: Dataset, count: int, folder: Path, seed: int = 0, progress: Progress | None = None
 ) -> Tokens:

@@ -2,7 +2,9 @@
 
 A bfloat16 run keeps float32 master weights and computes the loss with parameters cast once a micro-step
 (`torch.func.functional_call`); gradients come back to the masters through the cast. The modules then compute exactly
-as a model stored in bfloat16 does, with no list of operations that changes behind one's back.
+as a model stored in bfloat16 does, with no list of operations that changes behind one's back. Measured on two busy
+Zen 4 cores against float32, best of 9: a VAR (depth 6, width 256, 32 x 130 tokens) 1.6 times as fast, where autocast
+gives 1.3; a convolutional tokenizer 1.65, as with autocast.
 """
 
 import dataclasses

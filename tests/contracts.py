@@ -1,0 +1,118 @@
+"""The contract every model keeps, written once. A generator opts in with a tiny `Case` in `CASES`; the suite is
+tests/test_contracts.py. Legend: R branches, B samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varkit.decode.cache.base import Cache
+from varkit.decode.cache.full import FullCache
+from varkit.decode.guidance import Guidance
+from varkit.decode.loop import Model
+from varkit.decode.state import Options, State
+from varkit.draws import Draws
+from varkit.generators.base import Condition
+from varkit.generators.conditioning import ClassConfig
+from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.text import TextConfig
+from varkit.generators.var import VARConfig
+from varkit.hub.registry import CategoricalConfig, RasterConfig, ScalesConfig
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.tokenizers.vq import VQConfig
+
+PYRAMID = (1, 2, (2, 3), (4, 6))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny configuration of each part, and conditions for B samples."""
+
+    tokenizer: object
+    generator: object
+    head: object
+    plan: object
+    conditions: Callable[[int], Condition]
+
+    def build(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Model]:
+        """Tokenizer and model with random weights that make every parameter matter (no zero gates)."""
+        torch.manual_seed(0)
+        tokenizer = self.tokenizer.build().eval()
+        generator, head = self.generator.build().eval(), self.head.build().eval()
+        for module in (tokenizer, generator, head):
+            for name, p in module.named_parameters():
+                if p.ndim < 2 or "modulation" in name:
+                    nn.init.normal_(p, std=0.2)
+        nn.init.normal_(tokenizer.quantizer.embedding.weight)
+        return tokenizer.to(dtype), Model(self.plan.build(), generator.to(dtype), {"main": head.to(dtype)})
+
+
+def start(tokenizer, model: Model, condition: Condition, guidance: float = 2.0, cache: Cache | None = None, seed: int = 0) -> State:
+    """A state for conditions (1, B, ...), with a null branch when guided."""
+    batch = next(iter(condition.values())).shape[1]
+    if guidance != 1.0:
+        null = model.generator.conditioner.null(condition)
+        condition = {k: torch.cat([v, null[k]]) for k, v in condition.items()}
+    with torch.no_grad():
+        prepared = model.generator.prepare(condition)
+    branches = next(iter(condition.values())).shape[0]
+    cache = cache or FullCache(batch, branches, model.plan.slots)
+    options = Options(combine=Guidance(guidance, ramp=True))
+    return State.start(tokenizer.canvas(batch), cache, prepared, Draws.start(seed, batch), options)
+
+
+def labels(batch: int) -> Condition:
+    """Class labels (1, B)."""
+    return {"label": (torch.arange(batch) % 5)[None]}
+
+
+def words(batch: int) -> Condition:
+    """Prompts of different lengths (1, B, T)."""
+    text = TextConfig(vocabulary=("a", "red", "ring"), length=8, width=16, depth=1, heads=2)
+    return {"text": text.encode([("a red ring " * (1 + i % 2)).strip() for i in range(batch)])[None]}
+
+
+_PYRAMID_TOKENIZER = MultiScaleVQConfig(
+    ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False),
+    vocab_size=24, code_channels=6, schedule=PYRAMID,
+)  # fmt: skip
+_GRID_TOKENIZER = VQConfig(
+    ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False),
+    vocab_size=24, code_channels=6, grid=(3, 4),
+)  # fmt: skip
+
+
+def _var(**options) -> VARConfig:
+    base = {"depth": 2, "width": 24, "heads": 2, "schedule": PYRAMID, "code_width": 6, "condition": ClassConfig(5), "adaln_init": 1.0}
+    return VARConfig(**(base | options))
+
+
+def _scales(generator: VARConfig, conditions: Callable[[int], Condition]) -> Case:
+    return Case(_PYRAMID_TOKENIZER, generator, CategoricalConfig(24, 24), ScalesConfig(PYRAMID), conditions)
+
+
+CASES: dict[str, Case] = {
+    "var-class": _scales(_var(), labels),
+    "var-shared-modulation": _scales(_var(shared_modulation=True), labels),
+    "var-plain-attention": _scales(_var(cosine=False), labels),
+    "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
+    "llamagen-class": Case(
+        _GRID_TOKENIZER, LlamaGenConfig(2, 24, 2, 24, ClassConfig(5), multiple_of=16), CategoricalConfig(24, 24, bias=False),
+        RasterConfig((3, 4)), labels,
+    ),
+    "llamagen-zero-prefix": Case(
+        _GRID_TOKENIZER, LlamaGenConfig(2, 24, 2, 24, ClassConfig(5), kv_heads=1, multiple_of=16, zero_prefix=True),
+        CategoricalConfig(24, 24, bias=False), RasterConfig((3, 4)), labels,
+    ),
+}  # fmt: skip
+
+CACHES: dict[str, Callable[[int, int, int], Cache]] = {"full": FullCache}
+
+
+def true_latents(tokenizer, model: Model, batch: int) -> dict[str, Tensor]:
+    """Random latents of the tokenizer's layout."""
+    generator = torch.Generator().manual_seed(7)
+    positions = tokenizer.canvas(1).revealed_at.shape[1]
+    return {"ids": torch.randint(0, 24, (batch, positions), generator=generator)}

@@ -1,0 +1,195 @@
+"""DESIGN's contracts, each tested once for every model that opts in (tests/contracts.py)."""
+
+import pytest
+import torch
+from tests.contracts import CACHES, CASES, Case, start, true_latents
+from torch import Tensor
+
+from varkit.canvases.base import gather_positions
+from varkit.decode.guidance import Guidance
+from varkit.decode.loop import Model, advance, run
+from varkit.decode.state import State
+from varkit.hub.pipeline import Pipeline, Settings
+from varkit.nn.attention import Packed
+from varkit.plans.step import pack
+from varkit.train.objective import NextStepLoss
+
+BATCH = 3
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def force(model: Model, state: State, latents: dict[str, Tensor]) -> list[Tensor]:
+    """Take every step with the true latents in place of samples; hidden states (N, L, C) of each."""
+    outputs = []
+    for step in model.plan.steps:
+        window = state.cache.open(step, state.cursor)
+        with torch.no_grad():
+            outputs.append(model.generator(state.canvas.feed(step.feed), step, state.prepared, window))
+        state.cache.close()
+        state.canvas.reveal(step, {k: gather_positions(v, step.target) for k, v in latents.items()}, state.cursor)
+        state.cursor = state.cursor + 1
+    return outputs
+
+
+def filled(tokenizer, latents: dict[str, Tensor]):
+    canvas = tokenizer.canvas(len(latents["ids"]))
+    canvas.fill(latents)
+    return canvas
+
+
+def test_decoding_feeds_exactly_the_training_inputs(case: Case):
+    tokenizer, model = case.build()
+    latents = true_latents(tokenizer, model, BATCH)
+    whole = model.plan.training_step()
+    (name, inputs), *_ = filled(tokenizer, latents).feed(whole.feed).items()
+    state, at = start(tokenizer, model, case.conditions(BATCH)), 0
+    for step in model.plan.steps:
+        fed = state.canvas.feed(step.feed)[name]
+        assert torch.equal(fed, inputs[:, at : at + len(step.feed)])
+        state.canvas.reveal(step, {k: gather_positions(v, step.target) for k, v in latents.items()}, state.cursor)
+        at += len(step.feed)
+    assert at == len(whole.feed)
+
+
+@pytest.mark.parametrize("cache", sorted(CACHES))
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_cached_steps_equal_the_same_steps_recomputed(case: Case, cache: str, dtype: torch.dtype, bound: float):
+    tokenizer, model = case.build(dtype)
+    latents = true_latents(tokenizer, model, BATCH)
+    made = CACHES[cache](BATCH, 2, model.plan.slots)
+    state = start(tokenizer, model, case.conditions(BATCH), cache=made)
+    cached = force(model, state, latents)
+    canvas = filled(tokenizer, latents)
+    for k in range(len(model.plan.steps)):
+        prefix = pack(model.plan.steps[: k + 1])
+        with torch.no_grad():
+            h = model.generator(canvas.feed(prefix.feed), prefix, state.prepared, Packed(prefix.sees.own, branches=2))
+        twin = h[:, -len(model.plan.steps[k].feed) :]
+        assert (cached[k] - twin).abs().max() <= bound * twin.std()
+
+
+def test_training_sequence_equals_cached_decoding(case: Case):
+    tokenizer, model = case.build(torch.float64)
+    latents = true_latents(tokenizer, model, BATCH)
+    state = start(tokenizer, model, case.conditions(BATCH))
+    cached = torch.cat(force(model, state, latents), dim=1)
+    whole = model.plan.training_step()
+    with torch.no_grad():
+        fed = filled(tokenizer, latents).feed(whole.feed)
+        h = model.generator(fed, whole, state.prepared, Packed(whole.sees.own, branches=2))
+    assert torch.allclose(h, cached, rtol=1e-9, atol=1e-9)
+
+
+def test_later_latents_never_change_earlier_steps(case: Case):
+    tokenizer, model = case.build()
+    latents = true_latents(tokenizer, model, BATCH)
+    before = force(model, start(tokenizer, model, case.conditions(BATCH)), latents)
+    for k, step in enumerate(model.plan.steps):
+        changed = {"ids": latents["ids"].clone()}
+        changed["ids"][:, step.target] = (changed["ids"][:, step.target] + 1) % 24
+        after = force(model, start(tokenizer, model, case.conditions(BATCH)), changed)
+        for j in range(k + 1):
+            assert torch.equal(before[j], after[j])
+        if k + 1 < len(after):
+            assert not torch.equal(before[k + 1], after[k + 1]), "the next step should notice"
+
+
+def test_a_batch_equals_its_samples_alone(case: Case):
+    tokenizer, model = case.build()
+    latents = true_latents(tokenizer, model, BATCH)
+    together = force(model, start(tokenizer, model, case.conditions(BATCH)), latents)
+    for b in range(BATCH):
+        one = {k: v[b : b + 1] for k, v in latents.items()}
+        alone = force(model, start(tokenizer, model, case.conditions(BATCH)).select([b]), one)
+        for whole, part in zip(together, alone, strict=True):
+            assert (whole[[b, BATCH + b]] - part).abs().max() <= 1e-4 * whole.std()
+
+
+def test_sampled_latents_do_not_depend_on_the_batch(case: Case):
+    tokenizer, model = case.build()
+    together = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"]
+    for order in ([2], [1, 0], [2, 2, 0]):
+        chosen = run(model, start(tokenizer, model, case.conditions(BATCH)).select(order)).canvas.latents()["ids"]
+        assert torch.equal(chosen, together[order])
+
+
+def test_pictures_are_identical_twice_and_differ_by_seed(case: Case):
+    tokenizer, model = case.build()
+    with torch.no_grad():
+        pictures = [
+            run(model, start(tokenizer, model, case.conditions(BATCH), seed=s)).canvas.preview() for s in (5, 5, 6)
+        ]
+    assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
+
+
+def test_rollback_fork_and_merge_at_different_steps(case: Case):
+    tokenizer, model = case.build()
+    straight = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"]
+    last = len(model.plan.steps)
+    early, late = start(tokenizer, model, case.conditions(BATCH)), start(tokenizer, model, case.conditions(BATCH))
+    advance(model, early)
+    run(model, late)
+    late.rollback(torch.tensor([1, last - 1, last]))
+    merged = run(model, State.concat([early.select([1, 0]), late]))
+    assert torch.equal(merged.canvas.latents()["ids"], straight[[1, 0, 0, 1, 2]])
+
+
+def test_a_saved_state_goes_on(case: Case):
+    tokenizer, model = case.build()
+    straight = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"].clone()
+    state = start(tokenizer, model, case.conditions(BATCH))
+    advance(model, state)
+    advance(model, state)
+    saved = {k: v.clone() for k, v in state.tensors().items()}
+    fresh = start(tokenizer, model, case.conditions(BATCH), seed=99).with_tensors(saved)
+    assert torch.equal(run(model, fresh).canvas.latents()["ids"], straight)
+
+
+def test_guidance_off_equals_equal_branches(case: Case):
+    tokenizer, model = case.build(torch.float64)
+    single = run(model, start(tokenizer, model, case.conditions(BATCH), guidance=1.0))
+    doubled = start(tokenizer, model, case.conditions(BATCH), guidance=3.0)
+    conditional = {k: v[:1].expand(2, *v.shape[1:]).clone() for k, v in doubled.prepared.items()}
+    doubled.prepared = conditional
+    assert torch.equal(run(model, doubled).canvas.latents()["ids"], single.canvas.latents()["ids"])
+
+
+def test_evaluations_and_tokens_are_counted(case: Case):
+    tokenizer, model = case.build()
+    state = run(model, start(tokenizer, model, case.conditions(BATCH)))
+    assert state.evaluations.tolist() == [model.plan.evaluations] * BATCH
+    assert state.tokens.tolist() == [state.canvas.known.shape[1]] * BATCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_give_the_same_picture(case: Case, dtype: torch.dtype, tmp_path):
+    tokenizer, model = case.build(dtype)
+    parts = {"tokenizer": tokenizer, "generator": model.generator, "head": model.heads["main"], "plan": model.plan}
+    configs = {"tokenizer": case.tokenizer, "generator": case.generator, "head": case.head, "plan": case.plan}
+    pipeline = Pipeline(parts, configs, Settings(guidance=2.0, top_k=9))
+    pipeline.save(tmp_path / "model")
+    loaded = Pipeline.from_folder(tmp_path / "model")
+    assert next(loaded.generator.parameters()).dtype == dtype and loaded.settings == pipeline.settings
+    prompts: list = ["red ring", "a"] if "text" in case.conditions(1) else [3, 1]
+    for a, b in zip(pipeline.generate(prompts, seed=3), loaded.generate(prompts, seed=3), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_gradients_reach_every_parameter(case: Case):
+    tokenizer, model = case.build()
+    objective = NextStepLoss(model.generator, model.heads["main"], condition_drop=0.5).train()
+    step = model.plan.training_step()
+    condition = {k: v[0] for k, v in case.conditions(6).items()}
+    torch.manual_seed(0)
+    objective(filled(tokenizer, true_latents(tokenizer, model, 6)), step, condition, len(step.target)).backward()
+    without = [n for n, p in objective.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    assert without == []
+
+
+def test_guidance_is_not_applied_at_the_first_scale():
+    branches = torch.randn(2, 3, 4)
+    assert torch.equal(Guidance(7.0, ramp=True)(branches, torch.zeros(3)), branches[0])
