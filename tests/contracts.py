@@ -18,7 +18,9 @@ from varkit.generators.conditioning import ClassConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
-from varkit.hub.registry import CategoricalConfig, RasterConfig, ScalesConfig
+from varkit.heads.categorical import CategoricalConfig
+from varkit.plans.raster import RasterConfig
+from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.vq import VQConfig
@@ -49,7 +51,14 @@ class Case:
         return tokenizer.to(dtype), Model(self.plan.build(), generator.to(dtype), {"main": head.to(dtype)})
 
 
-def start(tokenizer, model: Model, condition: Condition, guidance: float = 2.0, cache: Cache | None = None, seed: int = 0) -> State:
+def start(
+    tokenizer,
+    model: Model,
+    condition: Condition,
+    guidance: float = 2.0,
+    cache: Cache | None = None,
+    seed: int = 0,
+) -> State:
     """A state for conditions (1, B, ...), with a null branch when guided."""
     batch = next(iter(condition.values())).shape[1]
     if guidance != 1.0:
@@ -85,7 +94,15 @@ _GRID_TOKENIZER = VQConfig(
 
 
 def _var(**options) -> VARConfig:
-    base = {"depth": 2, "width": 24, "heads": 2, "schedule": PYRAMID, "code_width": 6, "condition": ClassConfig(5), "adaln_init": 1.0}
+    base = {
+        "depth": 2,
+        "width": 24,
+        "heads": 2,
+        "schedule": PYRAMID,
+        "code_width": 6,
+        "condition": ClassConfig(5),
+        "adaln_init": 1.0,
+    }
     return VARConfig(**(base | options))
 
 
@@ -99,7 +116,9 @@ CASES: dict[str, Case] = {
     "var-plain-attention": _scales(_var(cosine=False), labels),
     "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
     "llamagen-class": Case(
-        _GRID_TOKENIZER, LlamaGenConfig(2, 24, 2, 24, ClassConfig(5), multiple_of=16), CategoricalConfig(24, 24, bias=False),
+        _GRID_TOKENIZER,
+        LlamaGenConfig(2, 24, 2, 24, ClassConfig(5), multiple_of=16),
+        CategoricalConfig(24, 24, bias=False),
         RasterConfig((3, 4)), labels,
     ),
     "llamagen-zero-prefix": Case(

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.contracts import CACHES, CASES, Case, start, true_latents
 from torch import Tensor
 
+from tests.contracts import CACHES, CASES, Case, start, true_latents
 from varkit.canvases.base import gather_positions
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model, advance, run
@@ -30,7 +30,9 @@ def force(model: Model, state: State, latents: dict[str, Tensor]) -> list[Tensor
         with torch.no_grad():
             outputs.append(model.generator(state.canvas.feed(step.feed), step, state.prepared, window))
         state.cache.close()
-        state.canvas.reveal(step, {k: gather_positions(v, step.target) for k, v in latents.items()}, state.cursor)
+        state.canvas.reveal(
+            step, {k: gather_positions(v, step.target) for k, v in latents.items()}, state.cursor
+        )
         state.cursor = state.cursor + 1
     return outputs
 
@@ -50,14 +52,18 @@ def test_decoding_feeds_exactly_the_training_inputs(case: Case):
     for step in model.plan.steps:
         fed = state.canvas.feed(step.feed)[name]
         assert torch.equal(fed, inputs[:, at : at + len(step.feed)])
-        state.canvas.reveal(step, {k: gather_positions(v, step.target) for k, v in latents.items()}, state.cursor)
+        state.canvas.reveal(
+            step, {k: gather_positions(v, step.target) for k, v in latents.items()}, state.cursor
+        )
         at += len(step.feed)
     assert at == len(whole.feed)
 
 
 @pytest.mark.parametrize("cache", sorted(CACHES))
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_cached_steps_equal_the_same_steps_recomputed(case: Case, cache: str, dtype: torch.dtype, bound: float):
+def test_cached_steps_equal_the_same_steps_recomputed(
+    case: Case, cache: str, dtype: torch.dtype, bound: float
+):
     tokenizer, model = case.build(dtype)
     latents = true_latents(tokenizer, model, BATCH)
     made = CACHES[cache](BATCH, 2, model.plan.slots)
@@ -67,7 +73,9 @@ def test_cached_steps_equal_the_same_steps_recomputed(case: Case, cache: str, dt
     for k in range(len(model.plan.steps)):
         prefix = pack(model.plan.steps[: k + 1])
         with torch.no_grad():
-            h = model.generator(canvas.feed(prefix.feed), prefix, state.prepared, Packed(prefix.sees.own, branches=2))
+            h = model.generator(
+                canvas.feed(prefix.feed), prefix, state.prepared, Packed(prefix.sees.own, branches=2)
+            )
         twin = h[:, -len(model.plan.steps[k].feed) :]
         assert (cached[k] - twin).abs().max() <= bound * twin.std()
 
@@ -113,7 +121,9 @@ def test_sampled_latents_do_not_depend_on_the_batch(case: Case):
     tokenizer, model = case.build()
     together = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"]
     for order in ([2], [1, 0], [2, 2, 0]):
-        chosen = run(model, start(tokenizer, model, case.conditions(BATCH)).select(order)).canvas.latents()["ids"]
+        chosen = run(model, start(tokenizer, model, case.conditions(BATCH)).select(order)).canvas.latents()[
+            "ids"
+        ]
         assert torch.equal(chosen, together[order])
 
 
@@ -121,7 +131,8 @@ def test_pictures_are_identical_twice_and_differ_by_seed(case: Case):
     tokenizer, model = case.build()
     with torch.no_grad():
         pictures = [
-            run(model, start(tokenizer, model, case.conditions(BATCH), seed=s)).canvas.preview() for s in (5, 5, 6)
+            run(model, start(tokenizer, model, case.conditions(BATCH), seed=s)).canvas.preview()
+            for s in (5, 5, 6)
         ]
     assert torch.equal(pictures[0], pictures[1]) and not torch.equal(pictures[0], pictures[2])
 
@@ -130,7 +141,10 @@ def test_rollback_fork_and_merge_at_different_steps(case: Case):
     tokenizer, model = case.build()
     straight = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"]
     last = len(model.plan.steps)
-    early, late = start(tokenizer, model, case.conditions(BATCH)), start(tokenizer, model, case.conditions(BATCH))
+    early, late = (
+        start(tokenizer, model, case.conditions(BATCH)),
+        start(tokenizer, model, case.conditions(BATCH)),
+    )
     advance(model, early)
     run(model, late)
     late.rollback(torch.tensor([1, last - 1, last]))
@@ -168,7 +182,12 @@ def test_evaluations_and_tokens_are_counted(case: Case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_give_the_same_picture(case: Case, dtype: torch.dtype, tmp_path):
     tokenizer, model = case.build(dtype)
-    parts = {"tokenizer": tokenizer, "generator": model.generator, "head": model.heads["main"], "plan": model.plan}
+    parts = {
+        "tokenizer": tokenizer,
+        "generator": model.generator,
+        "head": model.heads["main"],
+        "plan": model.plan,
+    }
     configs = {"tokenizer": case.tokenizer, "generator": case.generator, "head": case.head, "plan": case.plan}
     pipeline = Pipeline(parts, configs, Settings(guidance=2.0, top_k=9))
     pipeline.save(tmp_path / "model")
@@ -185,8 +204,12 @@ def test_gradients_reach_every_parameter(case: Case):
     step = model.plan.training_step()
     condition = {k: v[0] for k, v in case.conditions(6).items()}
     torch.manual_seed(0)
-    objective(filled(tokenizer, true_latents(tokenizer, model, 6)), step, condition, len(step.target)).backward()
-    without = [n for n, p in objective.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    objective(
+        filled(tokenizer, true_latents(tokenizer, model, 6)), step, condition, len(step.target)
+    ).backward()
+    without = [
+        n for n, p in objective.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)
+    ]
     assert without == []
 
 

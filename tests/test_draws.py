@@ -27,7 +27,9 @@ def test_philox_known_answers(counter, key, expected):
     assert [int(w[0]) for w in words] == expected
 
 
-@given(st.lists(st.integers(0, 500), min_size=1, max_size=20, unique=True), st.integers(0, 30), st.integers(1, 9))
+@given(
+    st.lists(st.integers(0, 500), min_size=1, max_size=20, unique=True), st.integers(0, 30), st.integers(1, 9)
+)
 def test_a_draw_does_not_depend_on_what_is_drawn_with_it(positions: list[int], step: int, n: int):
     draws = Draws.start(3, 4)
     together = draws.uniform("token", step, torch.tensor(positions), n)

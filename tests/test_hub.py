@@ -16,10 +16,11 @@ from varkit.generators.conditioning import ClassConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
+from varkit.heads.categorical import CategoricalConfig
 from varkit.hub import llamagen, var
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import load_parts, save_parts
-from varkit.hub.registry import PARTS, CategoricalConfig, RasterConfig, ScalesConfig, config_type, type_name
+from varkit.hub.registry import PARTS, config_type, type_name
 from varkit.hub.states import (
     build_empty,
     load_state,
@@ -27,6 +28,8 @@ from varkit.hub.states import (
     read_safetensors,
     write_safetensors,
 )
+from varkit.plans.raster import RasterConfig
+from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.vq import VQConfig
@@ -224,7 +227,7 @@ def set_in(*keys_and_value):
         (set_in("parts", "head", "config", "vocab_size", 1), "vocab_size is 1; it must be at least 2"),
         (set_in("parts", "head", 3), 'parts.head must be an object with "type" and "config"'),
         (set_in("parts", "../head", {"type": "CategoricalHead", "config": {}}), "a part named '../head'"),
-        (set_in("parts", "head", "config", "vocab_size", 17), r"out\.weight is \(16, 32\), expected \(17, 32\)"),
+        (set_in("parts", "head", "config", "vocab_size", 17), r"out\.weight \(16, 32\) should be \(17, 32\)"),
     ],
 )  # fmt: skip
 def test_wrong_config_json_is_one_clear_line(folder, change, says):

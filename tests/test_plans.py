@@ -58,7 +58,9 @@ def test_raster_mask_is_causal_and_shows_the_token_before(grid: tuple[int, int],
     assert torch.equal(whole.target, torch.arange(n)) and plan.evaluations == n
     assert torch.equal(whole.feed.shows[whole.read], torch.arange(n) - 1)
     image = whole.feed.shows >= 0
-    assert torch.equal(whole.feed.coords[image][:, 0] * grid[1] + whole.feed.coords[image][:, 1], torch.arange(n - 1))
+    assert torch.equal(
+        whole.feed.coords[image][:, 0] * grid[1] + whole.feed.coords[image][:, 1], torch.arange(n - 1)
+    )
 
 
 @given(schedules(), st.data())
@@ -81,8 +83,12 @@ def test_collated_steps_keep_each_samples_own(schedule: Schedule, data: st.DataO
     for b, step in enumerate(chosen):
         ids = together.feed.ids if together.feed.ids.ndim == 1 else together.feed.ids[b]
         target = together.target if together.target.ndim == 1 else together.target[b]
-        assert torch.equal(ids[ids >= 0], torch.empty(0, dtype=torch.int64) if step is None else step.feed.ids)
-        assert torch.equal(target[target >= 0], torch.empty(0, dtype=torch.int64) if step is None else step.target)
+        assert torch.equal(
+            ids[ids >= 0], torch.empty(0, dtype=torch.int64) if step is None else step.feed.ids
+        )
+        assert torch.equal(
+            target[target >= 0], torch.empty(0, dtype=torch.int64) if step is None else step.target
+        )
 
 
 def one(slot: int, **sees) -> Step:
@@ -91,7 +97,9 @@ def one(slot: int, **sees) -> Step:
 
 
 def test_a_narrowed_past_hides_other_steps():
-    whole = pack([one(0), one(1), one(2, past=torch.tensor([1])), one(3, past=torch.tensor([], dtype=torch.int64))])
+    whole = pack(
+        [one(0), one(1), one(2, past=torch.tensor([1])), one(3, past=torch.tensor([], dtype=torch.int64))]
+    )
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
     assert whole.sees.own.int().tolist() == expected
 

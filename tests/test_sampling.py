@@ -20,7 +20,9 @@ def test_top_k_keeps_the_k_largest_and_ties(row: list[float], k: int):
     logits = torch.tensor(row)
     kept = keep_top_k(logits, min(k, len(row))) > -torch.inf
     threshold = sorted(row, reverse=True)[min(k, len(row)) - 1]
-    assert kept.tolist() == [x >= threshold for x in torch.tensor(row).tolist()] or bool((logits[kept] >= threshold).all())
+    assert kept.tolist() == [x >= threshold for x in torch.tensor(row).tolist()] or bool(
+        (logits[kept] >= threshold).all()
+    )
     assert int(kept.sum()) >= min(k, len(row))
 
 
@@ -56,7 +58,9 @@ def test_pick_never_takes_a_dropped_code_at_the_ends():
 def ask(batch: int, targets: int, progress: float = 0.0, at: int = 0) -> Ask:
     ids = torch.arange(targets)
     step = Step.of(Slots.of(ids, ids, torch.zeros(targets, 2)), target=ids)
-    return Ask(step, Draws.start(0, batch), torch.full((batch,), at), torch.full((batch,), progress), Guidance())
+    return Ask(
+        step, Draws.start(0, batch), torch.full((batch,), at), torch.full((batch,), progress), Guidance()
+    )
 
 
 def test_sampling_follows_the_filtered_distribution():
@@ -100,7 +104,13 @@ def test_guidance_is_u_plus_s_times_c_minus_u():
 
 
 @pytest.mark.parametrize(
-    "bad", [lambda: Sampler(temperature=-1), lambda: Sampler(top_k=-1), lambda: Sampler(top_p=1.5), lambda: Guidance(-2)]
+    "bad",
+    [
+        lambda: Sampler(temperature=-1),
+        lambda: Sampler(top_k=-1),
+        lambda: Sampler(top_p=1.5),
+        lambda: Guidance(-2),
+    ],
 )
 def test_bad_settings_are_refused_in_one_line(bad):
     with pytest.raises(UserError) as error:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from tests.toys.heads import EulerHead, GaussianHead
 from tests.toys.network import ToyGenerator
 from tests.toys.plans import ChunkPlan, MaskedPlan, WanderPlan
-
 from varkit.canvases.grid import GridCanvas
 from varkit.decode.cache.full import FullCache
 from varkit.decode.guidance import Guidance
@@ -18,7 +18,9 @@ from varkit.plans.raster import RasterPlan
 from varkit.plans.step import pack
 
 
-def start(model: Model, fields, positions: int, batch: int, guidance: float = 1.0, canvas=None, seed: int = 0) -> State:
+def start(
+    model: Model, fields, positions: int, batch: int, guidance: float = 1.0, canvas=None, seed: int = 0
+) -> State:
     """A state at its first step; sample b asks for label b % 4."""
     labels = torch.arange(batch) % 4
     condition = torch.stack([labels, torch.full_like(labels, 4)]) if guidance != 1 else labels[None]
@@ -54,7 +56,9 @@ def test_masked_order_is_the_same_alone_and_in_a_batch():
     together = run(model, start(model, VECTORS, 16, batch=3))
     for b in range(3):
         alone = start(model, VECTORS, 16, batch=3).select([b])
-        assert torch.allclose(run(model, alone).canvas.values["vectors"][0], together.canvas.values["vectors"][b], atol=1e-5)
+        assert torch.allclose(
+            run(model, alone).canvas.values["vectors"][0], together.canvas.values["vectors"][b], atol=1e-5
+        )
 
 
 def chunk_model() -> tuple[Model, GridCanvas]:
@@ -111,7 +115,9 @@ def test_chunked_decoding_equals_the_packed_steps():
 
 def _reveal(model: Model, state: State, step, h) -> None:
     if len(step.target):
-        values = {"vectors": state.canvas.feed(step.feed)["vectors"] - model.heads["main"].velocity(h).detach() / 2}
+        values = {
+            "vectors": state.canvas.feed(step.feed)["vectors"] - model.heads["main"].velocity(h).detach() / 2
+        }
         state.canvas.reveal(step, values, state.cursor)
     state.cursor = state.cursor + 1
 

@@ -26,7 +26,12 @@ def philox(counter: Sequence[np.ndarray], key: Sequence[np.ndarray]) -> list[np.
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & _MASK, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ k0,
+            p1 & _MASK,
+            (p0 >> np.uint64(32)) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return [c0, c1, c2, c3]
 
@@ -79,7 +84,9 @@ class Draws:
         """(B, P, n) uint64 below 2^32. `step` is a number or (B,); `positions` (P,) or (B, P), values >= 0."""
         batch = len(self.streams)
         keys = np.array([s.key(purpose) for s in self.streams], dtype=np.uint64)[:, None, None]
-        place = np.atleast_2d(positions.cpu().numpy()).astype(np.int64) & 0xFFFFFFFF  # padding (-1) is harmless
+        place = (
+            np.atleast_2d(positions.cpu().numpy()).astype(np.int64) & 0xFFFFFFFF
+        )  # padding (-1) is harmless
         steps = np.broadcast_to(np.asarray(step, dtype=np.int64).reshape(-1, 1, 1), (batch, 1, 1))
         shape = (batch, place.shape[-1], -(-n // 4))
         block = np.broadcast_to(np.arange(shape[2], dtype=np.uint64), shape)
@@ -94,7 +101,9 @@ class Draws:
 
     def uniform(self, purpose: str, step: int | Tensor, positions: Tensor, n: int = 1) -> Tensor:
         """(B, P, n) float32, uniform in the open interval (0, 1)."""
-        bits = self.bits(purpose, step, positions, n) >> np.uint64(8)  # 24 bits: exact in float32, never 0 or 1
+        bits = self.bits(purpose, step, positions, n) >> np.uint64(
+            8
+        )  # 24 bits: exact in float32, never 0 or 1
         return torch.from_numpy(((bits.astype(np.float64) + 0.5) / 2**24).astype(np.float32))
 
     def normal(self, purpose: str, step: int | Tensor, positions: Tensor, n: int = 1) -> Tensor:

@@ -47,10 +47,7 @@ def atomic_folder(path: StrPath, replace: bool = False) -> Iterator[Path]:
     moved aside (whole, as `.old-*`) for the instant of the rename and removed afterwards.
     """
     final = _target(path)
-    if final.exists() and not final.is_dir():
-        raise UserError(f"cannot make the folder {str(path)!r}: a file has that name; choose another name")
-    if not replace and final.is_dir() and any(final.iterdir()):
-        raise UserError(f"the folder {str(path)!r} already has files in it; choose a new folder or empty it")
+    _check_folder(final, path, replace)
     with _building_beside(final) as part:
         part.mkdir()
         yield part
@@ -100,6 +97,19 @@ def ensure_writable(path: StrPath) -> None:
         raise UserError(
             f"cannot write {str(path)!r}: {reason} in {str(folder)!r}; choose another place"
         ) from error
+
+
+def ensure_new_folder(path: StrPath) -> None:
+    """Raise `UserError` now if `atomic_folder(path)` would refuse `path`, or could not write it."""
+    _check_folder(_target(path), path, replace=False)
+    ensure_writable(path)
+
+
+def _check_folder(final: Path, path: StrPath, replace: bool) -> None:
+    if final.exists() and not final.is_dir():
+        raise UserError(f"cannot make the folder {str(path)!r}: a file has that name; choose another name")
+    if not replace and final.is_dir() and any(final.iterdir()):
+        raise UserError(f"the folder {str(path)!r} already has files in it; choose a new folder or empty it")
 
 
 def _target(path: StrPath) -> Path:

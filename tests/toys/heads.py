@@ -1,6 +1,5 @@
 """Continuous toy heads: a Gaussian whose noise comes from the draws, and a flow over the backbone's own evaluations."""
 
-import torch
 from torch import Tensor, nn
 
 from varkit.heads.base import Ask, Head

@@ -1,4 +1,6 @@
-"""A tiny transformer that accepts any plan: values, coordinates, levels, segments and noise times are all just embedded."""
+"""A tiny transformer that accepts any plan: values, coordinates, levels, segments and noise times are all just
+embedded.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -1,10 +1,12 @@
-"""Toy orders that stretch the seams: random masked, chunk x denoising with a clean pass, and one computed from the sample."""
+"""Toy orders that stretch the seams: random masked, chunk x denoising with a clean pass, and one computed from the
+sample.
+"""
 
 import torch
 from torch import Tensor
 
 from varkit.plans.base import Plan, StaticPlan
-from varkit.plans.step import Sees, Slots, Step, collate
+from varkit.plans.step import Slots, Step, collate
 
 
 def grid_coords(positions: Tensor, width: int) -> Tensor:
@@ -31,7 +33,9 @@ class MaskedPlan(Plan):
         per_step = self.slots // self.n_steps
         ids = torch.arange(self.slots)
         start = (state.cursor * per_step)[:, None] + torch.arange(per_step)
-        target = torch.where(state.finished[:, None], -1, self.orders(state).gather(1, start.clamp(max=self.slots - 1)))
+        target = torch.where(
+            state.finished[:, None], -1, self.orders(state).gather(1, start.clamp(max=self.slots - 1))
+        )
         shows = torch.where(state.canvas.known, ids, -1)
         batch = len(state.cursor)
         feed = Slots.of(
@@ -49,7 +53,9 @@ class MaskedPlan(Plan):
 
 
 class ChunkPlan(StaticPlan):
-    """Video-like: each chunk of positions is denoised in several evaluations, then a clean pass only writes the cache."""
+    """Video-like: each chunk of positions is denoised in several evaluations, then a clean pass only writes the
+    cache.
+    """
 
     def __init__(self, chunks: int, size: int, denoise: int) -> None:
         steps = []
@@ -81,7 +87,9 @@ class WanderPlan(Plan):
         at = int(state.cursor[b])
         last = int(state.canvas.revealed_at[b].argmax()) if at else -1
         target = self._after(state, b, last)
-        feed = Slots.of(torch.tensor([at]), torch.tensor([last]), grid_coords(torch.tensor([max(last, 0)]), 4), level=at)
+        feed = Slots.of(
+            torch.tensor([at]), torch.tensor([last]), grid_coords(torch.tensor([max(last, 0)]), 4), level=at
+        )
         return Step.of(feed, target=torch.tensor([target]))
 
     def _after(self, state, b: int, last: int) -> int:

@@ -19,8 +19,8 @@ NEVER = -1
 class Canvas(ABC):
     """Values over P positions for B samples.
 
-    `revealed_at` (B, P) int64 holds the decoding step (the sample's cursor) at which a position was last committed, or -1;
-    this is what rollback, completion and resuming read.
+    `revealed_at` (B, P) int64 holds the decoding step (the sample's cursor) at which a position was last committed,
+    or -1; this is what rollback, completion and resuming read.
     """
 
     revealed_at: Tensor
@@ -100,7 +100,9 @@ def gather_positions(table: Tensor, positions: Tensor) -> Tensor:
 
 
 def scatter_positions(table: Tensor, positions: Tensor, values: Tensor, keep: Tensor | None = None) -> None:
-    """Write values (B, T, ...) into table (B, P, ...) at positions (T,) or (B, T), skipping -1 and where `keep` is False."""
+    """Write values (B, T, ...) into table (B, P, ...) at positions (T,) or (B, T), skipping -1 and where `keep` is
+    False.
+    """
     positions = positions.to(table.device)
     if positions.ndim == 1 and keep is None and bool((positions >= 0).all()):
         table[:, positions] = values.to(table.dtype)

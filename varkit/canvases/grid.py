@@ -1,6 +1,7 @@
 """Canvas over plain positions: a grid, a line, frames of them. Any set of named values lives at each position.
 
-Serves token ids, real vectors and bits alike; raster, masked, diagonal, chunked and data-dependent orders all draw on it.
+Serves token ids, real vectors and bits alike; raster, masked, diagonal, chunked and data-dependent orders all draw
+on it.
 Legend: B samples, P positions, D value width.
 """
 
@@ -19,7 +20,12 @@ class GridCanvas(Canvas):
     `show` turns latents into images for previews; without it (toy problems, features) `preview` raises TypeError.
     """
 
-    def __init__(self, values: dict[str, Tensor], revealed_at: Tensor, show: Callable[[dict[str, Tensor]], Tensor] | None = None):
+    def __init__(
+        self,
+        values: dict[str, Tensor],
+        revealed_at: Tensor,
+        show: Callable[[dict[str, Tensor]], Tensor] | None = None,
+    ):
         self.values = values
         self.revealed_at = revealed_at
         self.show = show
@@ -33,7 +39,10 @@ class GridCanvas(Canvas):
         show: Callable[[dict[str, Tensor]], Tensor] | None = None,
     ) -> "GridCanvas":
         """Nothing revealed; `fields` gives each value's shape behind (B, P) and its dtype."""
-        values = {name: torch.zeros(batch, positions, *shape, dtype=dtype) for name, (shape, dtype) in fields.items()}
+        values = {
+            name: torch.zeros(batch, positions, *shape, dtype=dtype)
+            for name, (shape, dtype) in fields.items()
+        }
         return cls(values, torch.full((batch, positions), NEVER), show)
 
     def feed(self, slots: Slots) -> dict[str, Tensor]:

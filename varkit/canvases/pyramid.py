@@ -19,8 +19,8 @@ class PyramidCanvas(Canvas):
     """Ids (B, L), inputs (B, L, D), running sum f_hat (B, D, h, w); samples may stand at different levels.
 
     `quantizer` provides `lookup`, `accumulate` and `next_input` (see tokenizers/multiscale_vq.py); `show` maps f_hat to
-    images. A step must reveal whole levels. Values may bring `codes` (B, T, D) to be added in place of the codebook's (smooth
-    sampling, blended edits); the codes added are kept, so that a rollback can add them again.
+    images. A step must reveal whole levels. Values may bring `codes` (B, T, D) to be added in place of the
+    codebook's (smooth sampling, blended edits); the codes added are kept, so that a rollback can add them again.
     """
 
     def __init__(
@@ -70,7 +70,11 @@ class PyramidCanvas(Canvas):
             rows = (first == start).nonzero()[:, 0].to(self.ids.device)
             level = self.schedule.offsets.index(start)  # whole levels only
             n = self.schedule.lengths[level]
-            codes = values["codes"][rows, :n] if "codes" in values else self.quantizer.lookup(values["ids"][rows, :n])
+            codes = (
+                values["codes"][rows, :n]
+                if "codes" in values
+                else self.quantizer.lookup(values["ids"][rows, :n])
+            )
             self._add(level, codes, None if len(rows) == self.batch else rows)
 
     def _add(self, level: int, codes: Tensor, rows: Tensor | None) -> None:

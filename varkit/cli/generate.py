@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from varkit.hub.pipeline import Pipeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Replacements for a model's own sampling settings."""
 

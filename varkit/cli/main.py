@@ -62,6 +62,7 @@ from varkit.errors import UserError, unknown_name
 
 COMMANDS: dict[str, str] = {
     "verify": "varkit.cli.verify:Verify",
+    "edit": "varkit.cli.edit:Edit",
     "generate": "varkit.cli.generate:Generate",
     "train": "varkit.cli.train:Train",
     "version": "varkit.cli.version:Version",

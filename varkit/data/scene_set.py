@@ -5,15 +5,15 @@ from typing import Literal
 
 import numpy as np
 
-from varkit.data.base import Batch, Report, Side
+from varkit.data.base import Batch, Dataset, Report, Side
 from varkit.data.scenes import Scenes
 
 
 class SceneSet:
     """`split("validation")` gives unseen combinations of objects (the scenes' test split)."""
 
-    size = None
-    class_names = None
+    size: int | None = None
+    class_names: list[str] | None = None
 
     def __init__(self, split: str = "train", seed: int = 0) -> None:
         self.scenes = Scenes(split, seed)
@@ -25,6 +25,6 @@ class SceneSet:
         images = np.stack([scene.image(side) for scene in scenes])
         return Batch(images, None, [scene.caption for scene in scenes])
 
-    def split(self, part: Literal["train", "validation"]) -> "SceneSet":
+    def split(self, part: Literal["train", "validation"]) -> Dataset:
         """The other split of the same world and seed."""
         return SceneSet("train" if part == "train" else "test", self.scenes.seed)

@@ -1,7 +1,7 @@
 """Guidance combines condition branches. `scale` s means u + s (c - u): 1 is off, 0 is unconditional.
 
-Branch 0 is the condition, branch 1 the null condition. Published conventions ((1 + t) c - t u in VAR, cfg in LlamaGen) are
-converted where they are loaded.
+Branch 0 is the condition, branch 1 the null condition. Published conventions ((1 + t) c - t u in VAR, cfg in
+LlamaGen) are converted where they are loaded.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from varkit.errors import UserError
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (arXiv 2207.12598), constant or rising from off at the first step to `scale` at the last.
+    """Classifier-free guidance (arXiv 2207.12598), constant or rising from off at the first step to `scale` at the
+    last.
 
     The ramp is VAR's: t grows linearly over the scales, so s_k = 1 + (scale - 1) k / (K - 1).
     """
@@ -24,7 +25,9 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale <= 100:
-            raise UserError(f"guidance {self.scale} is out of range; use 0 to 100 (1 is off, 2 to 5 is usual)")
+            raise UserError(
+                f"guidance {self.scale} is out of range; use 0 to 100 (1 is off, 2 to 5 is usual)"
+            )
 
     @property
     def off(self) -> bool:

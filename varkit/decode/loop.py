@@ -59,9 +59,9 @@ def decode(model: Model, state: State) -> Iterator[State]:
 
 def run(model: Model, state: State) -> State:
     """`decode` to the end."""
-    for state in decode(model, state):
+    for _ in decode(model, state):
         pass
-    return state
+    return state  # `advance` works in place
 
 
 def _read(h: Tensor, step: Step, state: State) -> Tensor:
@@ -76,7 +76,13 @@ def _read(h: Tensor, step: Step, state: State) -> Tensor:
 def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
     at_targets = fed if step.reads_all else {k: gather_positions(v, step.read) for k, v in fed.items()}
     return Ask(
-        step, state.draws, state.cursor, model.plan.progress(state), state.options.combine, state.options.pick, at_targets
+        step,
+        state.draws,
+        state.cursor,
+        model.plan.progress(state),
+        state.options.combine,
+        state.options.pick,
+        at_targets,
     )
 
 

@@ -25,7 +25,9 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise UserError(f"temperature {self.temperature} is below 0; use 0 (arg-max) or more, 1 is plain sampling")
+            raise UserError(
+                f"temperature {self.temperature} is below 0; use 0 (arg-max) or more, 1 is plain sampling"
+            )
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is below 0; use 0 (keep all) or a count of codes to keep")
         if not 0 <= self.top_p <= 1:
@@ -35,7 +37,9 @@ class Sampler:
         """logits (B, T, V) -> ids (B, T)."""
         if self.temperature == 0:
             return {"ids": logits.argmax(dim=-1)}
-        uniform = ask.draws.uniform("token", ask.at, ask.step.target.clamp(min=0)).squeeze(-1).to(logits.device)
+        uniform = (
+            ask.draws.uniform("token", ask.at, ask.step.target.clamp(min=0)).squeeze(-1).to(logits.device)
+        )
         return {"ids": pick(self.filtered(logits), uniform)}
 
     def filtered(self, logits: Tensor) -> Tensor:

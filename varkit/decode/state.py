@@ -38,8 +38,8 @@ class Options:
 class State:
     """A batch of runs. `cursor` (B,) counts each sample's steps taken; samples may stand at different ones.
 
-    prepared: the generator's condition, each tensor (R, B, ...). evaluations, tokens: what the run has cost so far, (B,)
-    each (network evaluations that moved the sample, and positions committed).
+    prepared: the generator's condition, each tensor (R, B, ...). evaluations, tokens: what the run has cost so far,
+    (B,) each (network evaluations that moved the sample, and positions committed).
     """
 
     canvas: Canvas
@@ -53,12 +53,22 @@ class State:
     options: Options = field(default_factory=Options)
 
     @classmethod
-    def start(cls, canvas: Canvas, cache: Cache, prepared: Prepared, draws: Draws, options: Options | None = None) -> "State":
+    def start(
+        cls, canvas: Canvas, cache: Cache, prepared: Prepared, draws: Draws, options: Options | None = None
+    ) -> "State":
         """A run at its first step."""
         batch = canvas.batch
         zero = torch.zeros(batch, dtype=torch.int64)
         return cls(
-            canvas, cache, prepared, draws, zero, zero.bool(), zero.clone(), zero.clone(), options or Options()
+            canvas,
+            cache,
+            prepared,
+            draws,
+            zero,
+            zero.bool(),
+            zero.clone(),
+            zero.clone(),
+            options or Options(),
         )
 
     @property
@@ -67,7 +77,9 @@ class State:
         return len(self.cursor)
 
     def select(self, ids: Sequence[int]) -> "State":
-        """Samples re-ordered, dropped or repeated; copies share nothing and keep their streams (`fork` renews those)."""
+        """Samples re-ordered, dropped or repeated; copies share nothing and keep their streams (`fork` renews
+        those).
+        """
         index = torch.as_tensor(list(ids))
         return replace(
             self,
@@ -139,5 +151,8 @@ class State:
             canvas=self.canvas.with_tensors(part("canvas")),
             prepared=part("prepared"),
             draws=Draws.from_json(json.loads(bytes(tensors["draws"].tolist()))),
-            **{n: tensors[n] for n in ("cursor", "finished", "evaluations", "tokens")},
+            cursor=tensors["cursor"],
+            finished=tensors["finished"],
+            evaluations=tensors["evaluations"],
+            tokens=tensors["tokens"],
         )

@@ -1,4 +1,5 @@
-"""What every generator promises: known latents and a prepared condition -> hidden states, with no run state on the module.
+"""What every generator promises: known latents and a prepared condition -> hidden states, with no run state on the
+module.
 
 Legend: R condition branches, B samples, N = R x B rows (branch-major), L slots fed, C width.
 """
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from varkit.generators.conditioning import Conditioner
 from varkit.nn.attention import Window
 from varkit.nn.ports import Ports
 from varkit.plans.step import Step
@@ -27,7 +29,7 @@ class Generator(nn.Module, ABC):
 
     width: int
     depth: int
-    conditioner: nn.Module
+    conditioner: Conditioner
 
     @abstractmethod
     def prepare(self, condition: Condition) -> Prepared:
@@ -35,7 +37,12 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, fed: dict[str, Tensor], step: Step, prepared: Prepared, window: Window, ports: Ports | None = None
+        self,
+        fed: dict[str, Tensor],
+        step: Step,
+        prepared: Prepared,
+        window: Window,
+        ports: Ports | None = None,
     ) -> Tensor:
         """Values at the step's slots, (B, L, ...), by name -> hidden states (N, L, C) after the last norm."""
 

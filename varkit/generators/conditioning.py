@@ -3,6 +3,7 @@
 Legend: N rows, D condition width, M memory length.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,26 @@ class ClassConfig:
 
     def __post_init__(self) -> None:
         if self.classes < 1:
-            raise UserError(f"classes {self.classes} is below 1; a class-conditional model needs at least one label")
+            raise UserError(
+                f"classes {self.classes} is below 1; a class-conditional model needs at least one label"
+            )
 
 
-class ClassCondition(nn.Module):
+class Conditioner(nn.Module, ABC):
+    """Conditions by name -> (vector (N, D), memory (N, M, C) or None, its mask (N, M) or None)."""
+
+    memory_width: int
+
+    @abstractmethod
+    def forward(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Everything the generator needs to know of what was asked for."""
+
+    @abstractmethod
+    def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same shape, asking for nothing."""
+
+
+class ClassCondition(Conditioner):
     """A row of a table for each label: {"label": (N,)} -> vector (N, D), no memory."""
 
     memory_width = 0
@@ -39,11 +56,10 @@ class ClassCondition(nn.Module):
         return self.embed(condition["label"]), None, None
 
     def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same shape, asking for nothing."""
         return {"label": torch.full_like(condition["label"], self.classes)}
 
 
-class TextCondition(nn.Module):
+class TextCondition(Conditioner):
     """A small encoder trained with the generator: {"text": (N, T)} -> vector (N, D), memory (N, T, C), mask (N, T)."""
 
     def __init__(self, config: TextConfig, width: int) -> None:
@@ -57,13 +73,12 @@ class TextCondition(nn.Module):
         return self.project(pooled), memory, mask
 
     def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The empty prompt, at the same length."""
         empty = torch.full_like(condition["text"], PAD)
         empty[..., 0] = BEGIN
         return {"text": empty}
 
 
-def drop_condition(conditioner: nn.Module, condition: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
+def drop_condition(conditioner: Conditioner, condition: dict[str, Tensor], rate: float) -> dict[str, Tensor]:
     """Replace each sample's condition by the null one with probability `rate` (classifier-free guidance training).
 
     Draws from torch's generator; condition tensors are (N, ...)."""

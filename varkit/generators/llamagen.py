@@ -1,7 +1,7 @@
 """LlamaGen: a plain Llama decoder over VQ tokens in raster order (arXiv 2406.06525).
 
-The class enters as one prefix token; positions are 2-D rotary; the token shown at a slot predicts the next. Text prompts and
-the released sizes come with the published-checkpoints work.
+The class enters as one prefix token; positions are 2-D rotary; the token shown at a slot predicts the next. Text
+prompts and the released sizes come with the published-checkpoints work.
 Legend: R branches, B samples, N = R x B, L slots, C width, V vocabulary.
 """
 
@@ -63,7 +63,8 @@ class LlamaGen(Generator):
         hidden = config.hidden or llama_hidden(config.width, config.multiple_of)
         rates = torch.linspace(0, config.drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList(
-            LlamaBlock(config.width, config.heads, hidden, config.kv_heads, config.dropout, rate) for rate in rates
+            LlamaBlock(config.width, config.heads, hidden, config.kv_heads, config.dropout, rate)
+            for rate in rates
         )
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.initialise()
@@ -74,7 +75,12 @@ class LlamaGen(Generator):
         return {"prefix": vector[:, None].unflatten(0, (branches, batch))}
 
     def forward(
-        self, fed: dict[str, Tensor], step: Step, prepared: Prepared, window: Window, ports: Ports | None = None
+        self,
+        fed: dict[str, Tensor],
+        step: Step,
+        prepared: Prepared,
+        window: Window,
+        ports: Ports | None = None,
     ) -> Tensor:
         prefix = prepared["prefix"].flatten(0, 1)
         h = self.embed_dropout(self._embed(fed["ids"], step, prefix))
@@ -93,7 +99,9 @@ class LlamaGen(Generator):
         if not bool(blank.any()):
             return h
         at = step.feed.ids.clamp(0, prefix.shape[1] - 1).to(h.device)
-        start = prefix[:, at] if at.ndim == 1 else prefix[torch.arange(len(prefix))[:, None], rows(at, repeats)]
+        start = (
+            prefix[:, at] if at.ndim == 1 else prefix[torch.arange(len(prefix))[:, None], rows(at, repeats)]
+        )
         blank = blank if blank.ndim == 1 else rows(blank, repeats)
         return torch.where(blank[..., None], start, h)
 

@@ -30,7 +30,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise UserError(f"text width {self.width} is not a multiple of its {self.heads} heads; change one of them")
+            raise UserError(
+                f"text width {self.width} is not a multiple of its {self.heads} heads; change one of them"
+            )
         if isinstance(self.vocabulary, str) and self.vocabulary != BYTES:
             raise UserError(f"text vocabulary {self.vocabulary!r} is neither {BYTES!r} nor a list of words")
 
@@ -47,9 +49,9 @@ class TextConfig:
         rows = [[BEGIN, *self._ids(p)] for p in prompts]
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) > self.length:
-                unit = "bytes" if self.vocabulary == BYTES else "words"
+                unit, most = "bytes" if self.vocabulary == BYTES else "words", self.length - 1
                 raise UserError(
-                    f"prompt {prompt[:60]!r} has {len(row) - 1} {unit}; this model reads at most {self.length - 1}: shorten it"
+                    f"prompt {prompt[:60]!r} has {len(row) - 1} {unit}; this model reads at most {most}: shorten it"
                 )
         out = torch.full((len(rows), max(map(len, rows))), PAD)
         for i, row in enumerate(rows):
@@ -68,7 +70,9 @@ class TextConfig:
 
 
 class TextEncoder(nn.Module):
-    """Pre-norm transformer, bidirectional over the prompt: ids (N, T) -> memory (N, T, C), mask (N, T), pooled (N, C)."""
+    """Pre-norm transformer, bidirectional over the prompt: ids (N, T) -> memory (N, T, C), mask (N, T), pooled (N,
+    C).
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

@@ -1,12 +1,14 @@
 """VAR: a transformer that predicts whole token maps of growing resolution (arXiv 2404.02905, Sec. 3).
 
-Inputs are the tokenizer's running feature map at each scale; every block is modulated by the condition (AdaLN); attention is
-cosine attention, block-causal over scales in training, cached in decoding. With a text conditioner each block also attends to
-the prompt (after Infinity, arXiv 2412.04431).
+Inputs are the tokenizer's running feature map at each scale; every block is modulated by the condition (AdaLN);
+attention is cosine attention, block-causal over scales in training, cached in decoding. With a text conditioner each
+block also attends to the prompt (after Infinity, arXiv 2412.04431).
 Legend: R branches, B samples, N = R x B, L slots, C width, D condition width (= C), K levels, M prompt length.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ class VARConfig:
     @classmethod
     def published(cls, depth: int, schedule: tuple[Side, ...], **rest) -> "VARConfig":
         """A released size: depth 16, 20, 24, 30 at 256 pixels, 36 (shared modulation) at 512."""
-        defaults = {
+        defaults: dict[str, Any] = {
             "width": 64 * depth,
             "heads": depth,
             "code_width": 32,
@@ -77,7 +79,7 @@ class VAR(Generator):
         schedule = Schedule.parse(config.schedule)
         width = config.width
         if isinstance(config.condition, ClassConfig):
-            self.conditioner: ClassCondition | TextCondition = ClassCondition(config.condition, width)
+            self.conditioner = ClassCondition(config.condition, width)
         else:
             self.conditioner = TextCondition(config.condition, width)
         self.embed = Linear(config.code_width, width)
@@ -90,7 +92,7 @@ class VAR(Generator):
             self.conditioner.memory_width, config.norm_eps,
         )  # fmt: skip
         rates = torch.linspace(0, config.drop_path, config.depth).tolist()
-        self.blocks = nn.ModuleList(AdaLNBlock(block, width, rate) for rate in rates)
+        self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(block, width, r) for r in rates)  # type: ignore[assignment]
         self.final_modulation = Linear(width, 2 * width)
         self.initialise()
 
@@ -113,7 +115,12 @@ class VAR(Generator):
         return {k: v.unflatten(0, (branches, batch)) for k, v in prepared.items()}
 
     def forward(
-        self, fed: dict[str, Tensor], step: Step, prepared: Prepared, window: Window, ports: Ports | None = None
+        self,
+        fed: dict[str, Tensor],
+        step: Step,
+        prepared: Prepared,
+        window: Window,
+        ports: Ports | None = None,
     ) -> Tensor:
         flat = {k: v.flatten(0, 1) for k, v in prepared.items()}
         h = self._embed(fed["vectors"], step, flat["start"])
@@ -131,7 +138,9 @@ class VAR(Generator):
     def _embed(self, vectors: Tensor, step: Step, start: Tensor) -> Tensor:
         """(B, L, D) -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
         repeats, device = start.shape[0] // vectors.shape[0], self.position.device
-        ids, level, shows = (t.to(device) for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows))
+        ids, level, shows = (
+            t.to(device) for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
+        )
 
         def per_row(t: Tensor) -> Tensor:
             """What is given for each sample, for each row; what is shared by all, as it is."""
@@ -154,8 +163,8 @@ class VAR(Generator):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for table in (self.start, self.position):
             nn.init.trunc_normal_(table, std=std)
         self.final_modulation.weight.mul_(0.5)

@@ -1,7 +1,7 @@
 """What every head promises: hidden states -> distribution of the targets.
 
-A head computes a loss and samples; every random number can be passed in, and guidance is a callable over condition branches,
-so that heads with sampling loops of their own (diffusion, flow) can apply it inside.
+A head computes a loss and samples; every random number can be passed in, and guidance is a callable over condition
+branches, so that heads with sampling loops of their own (diffusion, flow) can apply it inside.
 Legend: R branches, B samples, T targets, C width.
 """
 
@@ -23,8 +23,8 @@ class Ask:
     """What is asked of a head at one step of decoding.
 
     draws: the samples' random streams. at: (B,) cursors. progress: (B,) in [0, 1], 0 at the first step, 1 at the last.
-    combine: guidance. pick: the sampler of a discrete head (logits -> values by name). fed: values that entered at the slots read, (B, T, ...), for
-    heads that refine what was fed (a flow over the backbone).
+    combine: guidance. pick: the sampler of a discrete head (logits -> values by name). fed: values that entered at
+    the slots read, (B, T, ...), for heads that refine what was fed (a flow over the backbone).
     """
 
     step: Step

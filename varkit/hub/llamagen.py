@@ -10,8 +10,8 @@ from torch import Tensor
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.heads.categorical import CategoricalConfig
 from varkit.hub.keymap import Rule, from_published, joined, part, to_published
-from varkit.hub.registry import CategoricalConfig
 from varkit.hub.states import State, build_empty
 
 RULES = (

@@ -105,7 +105,9 @@ class Pipeline:
             )
 
     def conditions(self, prompts: Sequence[Prompt]) -> Condition:
-        """Labels, class names or captions -> the condition (1, B, ...). Raises `UserError` for what the model does not know."""
+        """Labels, class names or captions -> the condition (1, B, ...). Raises `UserError` for what the model does
+        not know.
+        """
         if isinstance(self.condition, ClassConfig):
             labels = [self._label(p) for p in prompts]
             return {"label": torch.tensor([labels], device=self.device)}
@@ -128,7 +130,14 @@ class Pipeline:
             raise UserError(f"label {label} is out of range; this model knows 0 to {config.classes - 1}")
         return label
 
-    @torch.no_grad()
+    def unconditional(self, batch: int) -> Condition:
+        """The condition (1, B, ...) that asks for nothing."""
+        if isinstance(self.condition, ClassConfig):
+            like = {"label": torch.zeros(1, batch, dtype=torch.int64, device=self.device)}
+        else:
+            like = {"text": torch.ones(1, batch, 1, dtype=torch.int64, device=self.device)}
+        return self.generator.conditioner.null(like)
+
     def start(
         self,
         prompts: Sequence[Prompt],
@@ -137,20 +146,28 @@ class Pipeline:
         settings: Settings | None = None,
     ) -> State:
         """A decoding state for B prompts; `samples` are their numbers in the seed's stream (0 to B - 1)."""
-        settings = settings or self.settings
-        condition, combine = self.conditions(prompts), settings.combine()
+        numbers = range(len(prompts)) if samples is None else samples
+        return self.start_from(self.conditions(prompts), seed, numbers, settings or self.settings)
+
+    @torch.no_grad()
+    def start_from(
+        self, condition: Condition, seed: int, samples: Sequence[int], settings: Settings
+    ) -> State:
+        """A decoding state for a condition (1, B, ...); guidance adds the null condition as a second branch."""
+        combine, pick, batch = settings.combine(), settings.sampler(), len(samples)
         if not combine.off:
             null = self.generator.conditioner.null(condition)
             condition = {k: torch.cat([v, null[k]]) for k, v in condition.items()}
+        smooth = SmoothSampler(pick, self.tokenizer.quantizer.codebook) if settings.smooth else pick
+        cache = FullCache(batch, 1 if combine.off else 2, self.model.plan.slots)
         prepared = self.generator.prepare(condition)
-        batch, branches = len(prompts), 1 if combine.off else 2
-        draws = Draws.start(seed, range(batch) if samples is None else samples)
-        pick = settings.sampler()
-        options = Options(
-            combine, SmoothSampler(pick, self.tokenizer.quantizer.codebook) if settings.smooth else pick
+        return State.start(
+            self.tokenizer.canvas(batch),
+            cache,
+            prepared,
+            Draws.start(seed, samples),
+            Options(combine, smooth),
         )
-        cache = FullCache(batch, branches, self.model.plan.slots)
-        return State.start(self.tokenizer.canvas(batch), cache, prepared, draws, options)
 
     def stream(
         self, prompts: Sequence[Prompt], seed: int = 0, **settings: Any
@@ -198,7 +215,9 @@ class Pipeline:
         return state.canvas.preview()
 
     def save(self, folder: StrPath, replace: bool = False) -> None:
-        """Write config.json and one safetensors file a part, atomically; a folder with files is refused unless `replace`."""
+        """Write config.json and one safetensors file a part, atomically; a folder with files is refused unless
+        `replace`.
+        """
         parts = {name: (built, self.configs[name]) for name, built in self.parts.items()}
         save_parts(folder, parts, {"defaults": to_json(self.settings), "about": self.about}, replace=replace)
 

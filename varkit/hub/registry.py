@@ -4,24 +4,18 @@ Only what is listed here can be loaded. Modules are imported when their name com
 """
 
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from varkit.errors import UserError, unknown_name
-
-if TYPE_CHECKING:
-    from varkit.heads.categorical import CategoricalHead
-    from varkit.plans.raster import RasterPlan
-    from varkit.plans.scales import ScalePlan
+from varkit.errors import unknown_name
 
 PARTS: dict[str, str] = {
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq:MultiScaleVQConfig",
     "VQ": "varkit.tokenizers.vq:VQConfig",
     "VAR": "varkit.generators.var:VARConfig",
     "LlamaGen": "varkit.generators.llamagen:LlamaGenConfig",
-    "CategoricalHead": "varkit.hub.registry:CategoricalConfig",
-    "scales": "varkit.hub.registry:ScalesConfig",
-    "raster": "varkit.hub.registry:RasterConfig",
+    "CategoricalHead": "varkit.heads.categorical:CategoricalConfig",
+    "scales": "varkit.plans.scales:ScalesConfig",
+    "raster": "varkit.plans.raster:RasterConfig",
 }
 
 
@@ -39,62 +33,3 @@ def type_name(config: Any) -> str:
     found = [name for name, target in PARTS.items() if target == path]
     assert found, f"{path} is not in PARTS"
     return found[0]
-
-
-@dataclass(frozen=True)
-class CategoricalConfig:
-    """A softmax head: hidden width -> vocabulary."""
-
-    width: int
-    vocab_size: int
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("width", 1), ("vocab_size", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-
-    def build(self) -> "CategoricalHead":
-        """Make the head, freshly initialised."""
-        from varkit.heads.categorical import CategoricalHead
-
-        return CategoricalHead(self.width, self.vocab_size, self.bias)
-
-
-@dataclass(frozen=True)
-class ScalesConfig:
-    """Next-scale order over a pyramid; an integer side stands for a square."""
-
-    schedule: tuple[int | tuple[int, int], ...]
-
-    def __post_init__(self) -> None:
-        from varkit.plans.schedule import Schedule
-
-        Schedule.parse(self.schedule)
-
-    def build(self) -> "ScalePlan":
-        """Make the plan."""
-        from varkit.plans.scales import ScalePlan
-        from varkit.plans.schedule import Schedule
-
-        return ScalePlan(Schedule.parse(self.schedule))
-
-
-@dataclass(frozen=True)
-class RasterConfig:
-    """Raster order over a (height, width) grid behind `prefix` condition slots."""
-
-    grid: tuple[int, int]
-    prefix: int = 1
-
-    def __post_init__(self) -> None:
-        if min(*self.grid, self.prefix) < 1:
-            raise UserError(
-                f"grid {self.grid} with prefix {self.prefix} is too small; all must be at least 1"
-            )
-
-    def build(self) -> "RasterPlan":
-        """Make the plan."""
-        from varkit.plans.raster import RasterPlan
-
-        return RasterPlan(self.grid, self.prefix)

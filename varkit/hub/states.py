@@ -5,6 +5,7 @@ then become: loading costs about the size of the file, once.
 """
 
 import difflib
+import itertools
 import pickle
 import threading
 import zipfile
@@ -105,19 +106,20 @@ def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], whe
     """Raise `UserError` unless both have the same names with the same shapes."""
     missing = [name for name in expected if name not in state]
     extra = [name for name in state if name not in expected]
-    problems = [f"missing {_named(n, expected)}{_near(n, extra, state)}" for n in missing]
-    problems += [f"unexpected {_named(n, state)}{_near(n, missing, expected)}" for n in extra]
-    problems += [
-        f"{n} is {tuple(state[n].shape)}, expected {tuple(expected[n].shape)}"
-        for n in expected
-        if n in state and state[n].shape != expected[n].shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        listed = "; ".join(problems[:LISTED]) + more
-        raise UserError(
-            f"{where} does not fit its configuration: {listed}; check that both belong to one model"
-        )
+    misshapen = [n for n in expected if n in state and state[n].shape != expected[n].shape]
+    if not missing and not extra and not misshapen:
+        return
+    problems = itertools.chain(  # lazy: the search for near names takes long
+        (f"missing {_named(n, expected)}{_near(n, extra, state)}" for n in missing),
+        (f"unexpected {_named(n, state)}{_near(n, missing, expected)}" for n in extra),
+        (f"{_named(n, state)} should be {tuple(expected[n].shape)}" for n in misshapen),
+    )
+    listed = "; ".join(itertools.islice(problems, LISTED))
+    rest = len(missing) + len(extra) + len(misshapen) - LISTED
+    more = f"; and {rest} more" if rest > 0 else ""
+    raise UserError(
+        f"{where} does not fit its configuration: {listed}{more}; check that both belong to one model"
+    )
 
 
 def _named(name: str, state: Mapping[str, Tensor]) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
+from varkit.heads.categorical import CategoricalConfig
 from varkit.hub.keymap import Rule, from_published, joined, part, to_published
-from varkit.hub.registry import CategoricalConfig
 from varkit.hub.states import State, build_empty
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.conv import ConvConfig

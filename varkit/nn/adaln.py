@@ -54,8 +54,8 @@ class BlockConfig:
 class AdaLNBlock(nn.Module):
     """x += g1 * Attn(LN(x) (1 + s1) + b1); [x += Cross(LN(x))]; x += g2 * FFN(LN(x) (1 + s2) + b2).
 
-    The six vectors (g1, g2, s1, s2, b1, b2) come from a linear of the condition in each block, or from one shared by all
-    blocks plus a learned offset of the block's own.
+    The six vectors (g1, g2, s1, s2, b1, b2) come from a linear of the condition in each block, or from one shared by
+    all blocks plus a learned offset of the block's own.
     """
 
     def __init__(self, config: BlockConfig, condition_width: int, drop_path_rate: float = 0.0) -> None:
@@ -91,12 +91,15 @@ class AdaLNBlock(nn.Module):
         rotate: Rotation | None = None,
         port=None,
     ) -> Tensor:
-        """x (N, L, C), vectors (N, 6, C), memory = keys, values, mask of the prompt; `port` sees the attention's output."""
+        """x (N, L, C), vectors (N, 6, C), memory = keys, values, mask of the prompt; `port` sees the attention's
+        output.
+        """
         g1, g2, s1, s2, b1, b2 = (vectors[:, i : i + 1] for i in range(6))
         mixed = self.attention(modulate(x, s1, b1, self.eps), window, layer, rotate)
         if port is not None:
             mixed = port(mixed)
-        x = x + drop_path(g1 * mixed, self.drop_path_rate, self.training)
+        x = torch.addcmul(x, drop_path(g1, self.drop_path_rate, self.training), mixed)
         if memory is not None:
             x = x + drop_path(self.cross(self.cross_norm(x), *memory), self.drop_path_rate, self.training)
-        return x + drop_path(g2 * self.ffn(modulate(x, s2, b2, self.eps)), self.drop_path_rate, self.training)
+        gate = drop_path(g2, self.drop_path_rate, self.training)
+        return torch.addcmul(x, gate, self.ffn(modulate(x, s2, b2, self.eps)))

@@ -5,6 +5,7 @@ Modules give it q, k, v and receive views, one for each group of heads, so that 
 different heads without the block knowing. Legend: N = branches x samples, H heads, L queries, S keys, E head width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +21,8 @@ from varkit.nn.linear import Linear
 class View:
     """Keys and values that a group of heads attends to.
 
-    k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible; None sees all. heads: the query heads
-    it serves, None = all.
+    k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible; None sees all. heads: the query
+    heads it serves, None = all.
     """
 
     k: Tensor
@@ -63,12 +64,56 @@ def attend(q: Tensor, views: Sequence[View], scale: float | None = None) -> Tens
     for view in views:
         queries = q if view.heads is None else q[:, view.heads]
         shared = queries.shape[1] != view.k.shape[1]
+        if not shared and _slow_backward(queries, view):
+            parts.append(_FlashAttention.apply(queries, view.k, view.v, view.mask, scale))
+            continue
         parts.append(
             F.scaled_dot_product_attention(
                 queries, view.k, view.v, attn_mask=view.mask, scale=scale, enable_gqa=shared
             )
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _slow_backward(q: Tensor, view: View) -> bool:
+    """Whether gradients are wanted where the stock kernel is slow at them: in bfloat16 on a CPU."""
+    wanted = torch.is_grad_enabled() and (q.requires_grad or view.k.requires_grad or view.v.requires_grad)
+    return wanted and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+class _FlashAttention(torch.autograd.Function):
+    """The CPU kernel of `scaled_dot_product_attention`, with a backward of five plain products.
+
+    The forward is the same. With P = softmax(S), S = scale Q K^T and D = rowsum(dO * O): dV = P^T dO,
+    dS = P * (dO V^T - D), dQ = scale dS K, dK = scale dS^T Q (FlashAttention, arXiv 2205.14135, Sec. B.2). S and dS are
+    float32, so the gradients are closer to the exact ones than the stock kernel's. At 130 slots: half its time.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if mask is not None:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+            mask = mask.expand(*q.shape[:-1], k.shape[-2])
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = kernel(q, k, v, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(q, k, v, mask, out, log_sum)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, out, log_sum = ctx.saved_tensors
+        # A query that sees nothing has log_sum -inf; its probabilities are 0.
+        log_sum = log_sum.masked_fill(log_sum == -torch.inf, torch.inf)
+        p = (q.float() @ k.float().mT).mul_(ctx.scale)
+        if mask is not None:
+            p.add_(mask)
+        p.sub_(log_sum[..., None]).exp_()
+        grad_v = p.to(v.dtype).mT @ grad
+        own = (grad.float() * out.float()).sum(-1, keepdim=True)
+        grad_s = (grad.float() @ v.float().mT).sub_(own).mul_(p).mul_(ctx.scale).to(q.dtype)
+        return grad_s @ k, grad_s.mT @ q, grad_v, None, None
 
 
 class CosineNorm(nn.Module):
@@ -81,8 +126,13 @@ class CosineNorm(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads, 1, 1), 4.0).log())
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        factor = self.log_scale.clamp(max=torch.log(torch.tensor(100.0)).item()).exp()
-        return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
+        factor = self.log_scale.clamp(max=math.log(100.0)).exp()
+        return q * (_inverse_norm(q) * factor), k * _inverse_norm(k)
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / |x| over the last dimension. With its gradient it takes a third of the passes over x of `F.normalize`."""
+    return x.square().sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
 
 
 class NoNorm(nn.Module):
@@ -106,7 +156,14 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, norm: nn.Module, *, kv_heads: int | None = None, bias: str = "qv", out_bias: bool = True
+        self,
+        width: int,
+        heads: int,
+        norm: "CosineNorm | NoNorm",
+        *,
+        kv_heads: int | None = None,
+        bias: str = "qv",
+        out_bias: bool = True,
     ) -> None:
         super().__init__()
         assert width % heads == 0 and bias in ("qv", "none")
@@ -115,7 +172,7 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, width + 2 * inner, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(inner)) if bias == "qv" else None
-        self.norm = norm
+        self.norm, self.scale = norm, norm.scale
         self.out = Linear(width, width, bias=out_bias)
 
     def forward(self, x: Tensor, window: Window, layer: int, rotate: Rotation | None = None) -> Tensor:
@@ -126,7 +183,7 @@ class SelfAttention(nn.Module):
         q, k = self.norm(q, k)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        mixed = attend(q, window.views(layer, q, k, v), self.norm.scale)
+        mixed = attend(q, window.views(layer, q, k, v), self.scale)
         return self.out(mixed.transpose(1, 2).reshape(n, length, width))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The library's linear layer: one place where the matrix kernel is chosen.
 
-On AMD processors the stock float32 path (MKL) stays behind what oneDNN reaches, and oneDNN's convolutions are differentiable,
-so on CPUs a large product runs as a 1 x 1 convolution over a channels-last view (no copy). `F.linear` is the twin.
+On AMD processors the stock float32 path (MKL) stays behind what oneDNN reaches, and oneDNN's convolutions are
+differentiable, so on CPUs a large product runs as a 1 x 1 convolution over a channels-last view (no copy).
+`F.linear` is the twin.
 Legend: N rows, I inputs, O outputs.
 """
 
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SMALLEST_WORK = 2**24  # multiply-adds below which the detour costs more than it gains (measured on two Zen 4 cores)
+_SMALLEST_WORK = (
+    2**24
+)  # multiply-adds below which the detour costs more than it gains (measured on two Zen 4 cores)
 
 
 @functools.cache
@@ -28,7 +31,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I), weight (O, I), bias (O,) -> (..., O), by the kernel that measured fastest for this size and dtype."""
     rows = x.numel() // x.shape[-1]
     big = rows * weight.numel() >= _SMALLEST_WORK
-    if big and x.dtype == torch.float32 and x.device.type == "cpu" and _is_amd() and torch.backends.mkldnn.enabled:
+    if (
+        big
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and _is_amd()
+        and torch.backends.mkldnn.enabled
+    ):
         return convolution_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

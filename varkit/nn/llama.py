@@ -33,7 +33,13 @@ class LlamaBlock(nn.Module):
     """x += Attn(RMS(x)); x += SwiGLU(RMS(x)), with dropout on both branches."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, kv_heads: int | None = None, dropout: float = 0.0, drop_path: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        kv_heads: int | None = None,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
@@ -41,7 +47,9 @@ class LlamaBlock(nn.Module):
         self.ffn = SwiGLU(width, hidden)
         self.dropout, self.drop_path_rate = nn.Dropout(dropout), drop_path
 
-    def forward(self, x: Tensor, window: Window, layer: int, rotate: Rotation | None = None, port=None) -> Tensor:
+    def forward(
+        self, x: Tensor, window: Window, layer: int, rotate: Rotation | None = None, port=None
+    ) -> Tensor:
         mixed = self.dropout(self.attention(self.norm1(x), window, layer, rotate))
         if port is not None:
             mixed = port(mixed)

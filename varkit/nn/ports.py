@@ -24,6 +24,8 @@ def through(ports: Ports | None, site: str, layer: int, h: Tensor, step: Step) -
 
 
 def port_at(ports: Ports | None, site: str, layer: int, step: Step) -> Callable[[Tensor], Tensor] | None:
-    """The port at (site, layer) as a function of hidden states alone, for passing into a block; None when there is none."""
+    """The port at (site, layer) as a function of hidden states alone, for passing into a block; None when there is
+    none.
+    """
     port = ports.get((site, layer)) if ports else None
     return None if port is None else (lambda h: port(h, step))

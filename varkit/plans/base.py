@@ -1,7 +1,7 @@
 """A plan is an order of prediction. Static plans are a list of steps; others look at the state to find the next one.
 
-`next_step(state)` is the lazy form: a state may have been forked, rolled back or merged since the last step, so the plan is
-asked afresh each time instead of holding an iterator. Legend: B samples.
+`next_step(state)` is the lazy form: a state may have been forked, rolled back or merged since the last step, so the
+plan is asked afresh each time instead of holding an iterator. Legend: B samples.
 """
 
 from abc import ABC, abstractmethod
@@ -48,13 +48,19 @@ class StaticPlan(Plan):
 
     def next_step(self, state: "State") -> Step | None:
         cursors = state.cursor.tolist()
-        taken = [self.steps[c] if c < len(self.steps) and not f else None for c, f in zip(cursors, state.finished.tolist(), strict=True)]
+        taken = [
+            self.steps[c] if c < len(self.steps) and not f else None
+            for c, f in zip(cursors, state.finished.tolist(), strict=True)
+        ]
         kinds = {(s.route, s.writes) for s in taken if s is not None}
         if not kinds:
             return None
         if len(kinds) > 1:  # samples at steps of another kind wait for theirs
             first = next(s for s in taken if s is not None)
-            taken = [s if s is not None and (s.route, s.writes) == (first.route, first.writes) else None for s in taken]
+            taken = [
+                s if s is not None and (s.route, s.writes) == (first.route, first.writes) else None
+                for s in taken
+            ]
         return collate(taken)
 
     def finished(self, state: "State") -> Tensor:

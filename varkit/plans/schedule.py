@@ -45,7 +45,9 @@ class Schedule:
             if min(side) < 1:
                 raise UserError(f"schedule side {side} is below 1; every height and width must be >= 1")
             if side[0] < before[0] or side[1] < before[1]:
-                raise UserError(f"schedule side {side} is smaller than {before} before it; order coarse to fine")
+                raise UserError(
+                    f"schedule side {side} is smaller than {before} before it; order coarse to fine"
+                )
 
     def __len__(self) -> int:
         return len(self.sides)

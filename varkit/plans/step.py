@@ -2,7 +2,8 @@
 
 A plan is a list (or a lazy stream) of such steps, and nothing else in the library knows an order of prediction.
 `pack` joins steps into one: all of them make the training sequence with its mask, a few make a verification window,
-the first k make the uncached twin of cached decoding. `collate` pads the steps of samples that stand at different places.
+the first k make the uncached twin of cached decoding. `collate` pads the steps of samples that stand at different
+places.
 Legend: B batch, L slots fed, T targets, S slots of the whole plan. Tensors are (L,) when every sample agrees, else
 (B, L) with -1 as padding at the end.
 """
@@ -104,7 +105,8 @@ class Sees:
         if self.mask is None:
             return seen
         width = self.mask.shape[-1]
-        narrowed = self.mask[..., ids.clamp(max=width - 1)] & (ids < width)  # what the mask does not name is not seen
+        # what the mask does not name is not seen
+        narrowed = self.mask[..., ids.clamp(max=width - 1)] & (ids < width)
         return narrowed if seen is None else narrowed & seen
 
 
@@ -112,9 +114,9 @@ class Sees:
 class Step:
     """One evaluation of the network and what it settles.
 
-    target: canvas positions predicted. read: index into the fed slots where each is read from. reveal: bool, the targets
-    committed now (the others stay provisional). writes: whether the fed slots enter the cache. route: name of the head
-    (and of the generator's blocks) that serves this step.
+    target: canvas positions predicted. read: index into the fed slots where each is read from. reveal: bool, the
+    targets committed now (the others stay provisional). writes: whether the fed slots enter the cache. route: name
+    of the head (and of the generator's blocks) that serves this step.
     """
 
     feed: Slots
@@ -152,8 +154,9 @@ def _join(tensors: Sequence[Tensor], trailing: int = 0) -> Tensor:
 def pack(steps: Sequence[Step]) -> Step:
     """Join consecutive steps into one whose `sees.own` mask keeps each step's own visibility.
 
-    A slot sees an earlier step's slots when that step writes, its own `past` and `mask` allow them, and no step in between
-    has overwritten them. Visibility of what was cached before the pack is the whole past, unless a step narrows it.
+    A slot sees an earlier step's slots when that step writes, its own `past` and `mask` allow them, and no step in
+    between has overwritten them. Visibility of what was cached before the pack is the whole past, unless a step
+    narrows it.
     """
     lengths = [len(s.feed) for s in steps]
     starts = [sum(lengths[:i]) for i in range(len(steps))]
@@ -167,7 +170,8 @@ def pack(steps: Sequence[Step]) -> Step:
         rows = slice(starts[i], starts[i] + lengths[i])
         mask = query.sees.own_mask(lengths[i])
         own[..., rows, rows] = True if mask is None else mask
-        gone = query.feed.ids if query.writes else query.feed.ids[..., :0]  # it sees its own slots in their newest form
+        # a step that writes sees its own slots in their newest form
+        gone = query.feed.ids if query.writes else query.feed.ids[..., :0]
         for j in range(i - 1, -1, -1):
             key = steps[j]
             if not key.writes:
@@ -183,7 +187,9 @@ def pack(steps: Sequence[Step]) -> Step:
         segment=_join([s.feed.segment for s in steps]),
         time=_join_times([s.feed for s in steps]),
     )
-    shifted = [torch.where(s.read < 0, s.read, s.read + start) for s, start in zip(steps, starts, strict=True)]
+    shifted = [
+        torch.where(s.read < 0, s.read, s.read + start) for s, start in zip(steps, starts, strict=True)
+    ]
     return Step(
         feed=feed,
         target=_join([s.target for s in steps]),
@@ -203,7 +209,10 @@ def _sees_earlier(sees: Sees, keys: Tensor, gone: Tensor) -> Tensor:
         return seen & ~torch.isin(keys, gone)
     rows = []
     for b, row in enumerate(keys):
-        narrowed = Sees(past=sees.past, mask=None if sees.mask is None else sees.mask[b] if sees.mask.ndim == 3 else sees.mask)
+        narrowed = Sees(
+            past=sees.past,
+            mask=None if sees.mask is None else sees.mask[b] if sees.mask.ndim == 3 else sees.mask,
+        )
         allowed = narrowed.past_mask(row.clamp(min=0))
         seen = torch.ones(1, len(row), dtype=torch.bool) if allowed is None else allowed
         rows.append(seen & (row >= 0) & ~torch.isin(row, gone[b] if gone.ndim == 2 else gone))
@@ -278,18 +287,24 @@ def replace_with_nothing(step: Step) -> Step:
     f = step.feed
     time = None if f.time is None else f.time[:0]
     empty = Slots(f.ids[:0], f.shows[:0], f.coords[:0], f.level[:0], f.segment[:0], time)
-    return replace(step, feed=empty, target=step.target[:0], read=step.read[:0], reveal=step.reveal[:0], sees=Sees())
+    return replace(
+        step, feed=empty, target=step.target[:0], read=step.read[:0], reveal=step.reveal[:0], sees=Sees()
+    )
 
 
 def _collated_sees(rows: Sequence[Step], longest: int) -> Sees:
     first = next(r.sees for r in rows if len(r.feed))
-    simple = isinstance(first.own, str) and all(r.sees.whole_past and r.sees.own is first.own for r in rows if len(r.feed))
+    simple = isinstance(first.own, str) and all(
+        r.sees.whole_past and r.sees.own is first.own for r in rows if len(r.feed)
+    )
     if simple:
         return first
     own = torch.zeros(len(rows), longest, longest, dtype=torch.bool)
     slots = 1 + max(int(r.feed.ids.max()) if len(r.feed) else 0 for r in rows)
     slots = max([slots] + [int(r.sees.mask.shape[-1]) for r in rows if r.sees.mask is not None])
-    slots = max([slots] + [int(r.sees.past.max()) + 1 for r in rows if r.sees.past is not None and len(r.sees.past)])
+    slots = max(
+        [slots] + [int(r.sees.past.max()) + 1 for r in rows if r.sees.past is not None and len(r.sees.past)]
+    )
     past = torch.zeros(len(rows), longest, slots, dtype=torch.bool)
     for b, row in enumerate(rows):
         n = len(row.feed)

@@ -1,6 +1,10 @@
-"""What the trainer does for a generator over tokens: teacher forcing on encoded pictures, labels or captions beside them."""
+"""What the trainer does for a generator over tokens: teacher forcing on encoded pictures, labels or captions beside
+them.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +23,42 @@ from varkit.train.task import Phase, Task
 from varkit.train.tokens import Tokens
 
 
-class NextStepTask(Task):
-    """Train `generator` and `head` to follow `plan` over `tokens`; the tokenizer stays as it is.
+@dataclass(frozen=True)
+class Forced:
+    """The parts of a model under teacher forcing; the tokenizer is frozen."""
 
-    levels: position -> level, for losses by level in validation. draw: makes the sample grid (a pipeline's business, so it is
-    passed in). progressive: VAR's growing number of scales, or None.
+    tokenizer: Tokenizer
+    generator: Generator
+    head: Head
+    plan: StaticPlan
+
+
+class NextStepTask(Task):
+    """Train a generator and its head to follow their plan over `tokens`.
+
+    recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in). progressive:
+    VAR's growing number of scales, or None.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, generator: Generator, head: Head, plan: StaticPlan, tokens: Tokens, held_out: Tokens,
-        batch_size: int, recipe: dict, seed: int = 0, condition_drop: float = 0.1, draw: Callable[[], Image.Image] | None = None,
+        self,
+        parts: Forced,
+        tokens: Tokens,
+        held_out: Tokens,
+        batch_size: int,
+        recipe: dict[str, Any],
+        seed: int = 0,
+        condition_drop: float = 0.1,
+        draw: Callable[[], Image.Image] | None = None,
         progressive: Progressive | None = None,
-    ) -> None:  # fmt: skip
-        self.tokenizer, self.plan, self.tokens, self.held_out = tokenizer.eval().requires_grad_(False), plan, tokens, held_out
-        self.recipe, self.phases = recipe, (Phase("generator", ("generator", "head")),)
-        self.batch_size, self.seed, self.draw, self.progressive = batch_size, seed, draw, progressive
-        self.objective = NextStepLoss(generator, head, condition_drop)
-        self.modules: dict[str, nn.Module] = {"generator": generator, "head": head}
-        self._steps = {len(plan.steps): plan.training_step()}
+    ) -> None:
+        self.tokenizer, self.plan = parts.tokenizer.eval().requires_grad_(False), parts.plan
+        self.tokens, self.held_out, self.batch_size, self.recipe = tokens, held_out, batch_size, recipe
+        self.seed, self.draw, self.progressive = seed, draw, progressive
+        self.phases = (Phase("generator", ("generator", "head")),)
+        self.objective = NextStepLoss(parts.generator, parts.head, condition_drop)
+        self.modules: dict[str, nn.Module] = {"generator": parts.generator, "head": parts.head}
+        self._steps = {len(parts.plan.steps): parts.plan.training_step()}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def batch(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,7 +70,10 @@ class NextStepTask(Task):
         epoch, place = divmod(position, len(self.tokens))
         key = epoch * 1009 + micro
         if self._order[0] != key:
-            self._order = (key, np.random.default_rng([self.seed, epoch, micro]).permutation(len(self.tokens)))
+            self._order = (
+                key,
+                np.random.default_rng([self.seed, epoch, micro]).permutation(len(self.tokens)),
+            )
         return int(self._order[1][place])
 
     def _take(self, tokens: Tokens, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,10 +86,14 @@ class NextStepTask(Task):
         labels = np.zeros(len(rows), np.int64) if tokens.labels is None else tokens.labels[rows]
         return ids, {"label": torch.from_numpy(labels)}
 
-    def loss(self, phase: str, batch: tuple[Tensor, dict[str, Tensor]], step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, phase: str, batch: tuple[Tensor, dict[str, Tensor]], step: int
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Mean cross-entropy (nats) over the plan's targets."""
         ids, condition = batch
-        levels, newest = (len(self.plan.steps), 1.0) if self.progressive is None else self.progressive.at(step)
+        levels, newest = (
+            (len(self.plan.steps), 1.0) if self.progressive is None else self.progressive.at(step)
+        )
         if levels not in self._steps:
             self._steps[levels] = self.plan.training_step(levels)
         weights = None

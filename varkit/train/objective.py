@@ -6,7 +6,6 @@ decoding feeds. Legend: B batch, L slots, T targets, K levels.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from varkit.canvases.base import Canvas, gather_positions
@@ -23,7 +22,7 @@ def teacher_forced(
     """Hidden states (B, T, C) at the slots read, over a filled canvas; condition tensors are (B, ...)."""
     fed = canvas.feed(step.feed)
     prepared = generator.prepare({k: v[None] for k, v in condition.items()})
-    h = generator(fed, step, prepared, Packed(step.sees.own, step.feed.valid))
+    h = generator(fed, step, prepared, Packed(step.sees.own_mask(len(step.feed)), step.feed.valid))
     return h if step.reads_all else gather_positions(h, step.read)
 
 
@@ -44,7 +43,12 @@ class NextStepLoss(nn.Module):
         return self.head.loss(h, {k: gather_positions(v, step.target) for k, v in canvas.latents().items()})
 
     def forward(
-        self, canvas: Canvas, step: Step, condition: dict[str, Tensor], total: int, weights: Tensor | None = None
+        self,
+        canvas: Canvas,
+        step: Step,
+        condition: dict[str, Tensor],
+        total: int,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The training loss, (): weighted losses summed over targets, over `total`, meaned over samples."""
         if self.training and self.condition_drop:
@@ -60,7 +64,9 @@ class Progressive:
     The newest scale's loss is ramped from 0.01 to 1 over `ramp` steps; (number of levels, weight of the newest).
     """
 
-    def __init__(self, levels: int, steps: int, first: int = 4, fraction: float = 0.8, warmup: int = 0, ramp: int = 1) -> None:
+    def __init__(
+        self, levels: int, steps: int, first: int = 4, fraction: float = 0.8, warmup: int = 0, ramp: int = 1
+    ) -> None:
         self.levels, self.first, self.warmup, self.ramp = levels, min(first, levels), warmup, max(1, ramp)
         self.end = max(warmup + 1, round(fraction * steps))
 

@@ -62,23 +62,32 @@ def scenes() -> Recipe:
 
     side: tuple[Side, ...] = PYRAMID_8
     tokenizer = MultiScaleVQConfig(
-        ConvConfig(channels=16, multipliers=(1, 2, 4, 4), res_blocks=1, latent_channels=32, attention=False),
+        ConvConfig(64, multipliers=(1, 1, 2), res_blocks=1, latent_channels=32, attention=False, groups=8, patch=2),
         vocab_size=1024, code_channels=16, schedule=side,
     )  # fmt: skip
     text = TextConfig(vocabulary=tuple(WORDS), length=24, width=128, depth=2, heads=4)
     generator = VARConfig(
-        depth=6, width=240, heads=6, schedule=side, code_width=16, condition=text, shared_modulation=True, adaln_init=0.5
+        depth=7,
+        width=192,
+        heads=6,
+        schedule=side,
+        code_width=16,
+        condition=text,
+        shared_modulation=True,
+        adaln_init=0.5,
     )
     return Recipe(
         "scenes",
         "scenes",
         TokenizerRecipe(
-            tokenizer, TrainConfig(steps=6000, lr=2e-3, weight_decay=1e-4, clip=1.0, final=0.02), batch_size=16
+            tokenizer,
+            TrainConfig(steps=5500, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
+            batch_size=16,
         ),
         GeneratorRecipe(
             generator,
-            TrainConfig(minutes=65, lr=1e-3, dtype="bfloat16", final=0.02),
-            pictures=100_000,
+            TrainConfig(minutes=55, lr=1.5e-3, dtype="bfloat16", final=0.02),
+            pictures=80_000,
             settings=Settings(guidance=2.5, top_p=0.95),
         ),
         prompts=(
@@ -93,17 +102,27 @@ def digits() -> Recipe:
     """scikit-learn's handwritten digits at 32 x 32, by class."""
     side: tuple[Side, ...] = (1, 2, 3, 4)
     tokenizer = MultiScaleVQConfig(
-        ConvConfig(channels=16, multipliers=(1, 2, 4, 4), res_blocks=1, latent_channels=32, attention=False),
+        ConvConfig(48, multipliers=(1, 1, 2), res_blocks=1, latent_channels=32, attention=False, groups=8, patch=2),
         vocab_size=256, code_channels=8, schedule=side,
     )  # fmt: skip
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     generator = VARConfig(
-        depth=4, width=128, heads=4, schedule=side, code_width=8, condition=ClassConfig(10, names), adaln_init=0.5, drop_path=0.05
+        depth=4,
+        width=128,
+        heads=4,
+        schedule=side,
+        code_width=8,
+        condition=ClassConfig(10, names),
+        adaln_init=0.5,
+        drop_path=0.05,
     )
     return Recipe(
         "digits",
         "digits",
-        TokenizerRecipe(tokenizer, TrainConfig(minutes=2.5, lr=2e-3, weight_decay=1e-4, clip=1.0)),
+        TokenizerRecipe(
+            tokenizer,
+            TrainConfig(minutes=2.5, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
+        ),
         GeneratorRecipe(
             generator,
             TrainConfig(minutes=3.5, lr=2e-3, dtype="bfloat16", weight_decay=0.1, final=0.02),
@@ -115,10 +134,15 @@ def digits() -> Recipe:
 
 
 def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
-    """A recipe for any data set: 64 x 64; text by bytes when there are captions, else by class (one when unlabelled)."""
+    """A recipe for any data set: 64 x 64; text by bytes when there are captions, else by class (one when
+    unlabelled).
+    """
     probe = dataset.batch([0], (64, 64))
     side: tuple[Side, ...] = PYRAMID_8
-    tokenizer = replace(scenes().tokenizer, train=TrainConfig(minutes=10, lr=2e-3, weight_decay=1e-4, clip=1.0))
+    tokenizer = replace(
+        scenes().tokenizer,
+        train=TrainConfig(minutes=10, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
+    )
     if probe.captions is not None:
         condition: ClassConfig | TextConfig = TextConfig(length=128)
     else:
@@ -154,6 +178,8 @@ def find_recipe(spec: str) -> tuple[Recipe, Dataset]:
         dataset = open_dataset(spec)
     except UserError as error:
         if str(error).startswith("unknown dataset"):
-            raise unknown_name("recipe", spec, {*RECIPES, *BUILT_IN}, "A folder of pictures works too.") from error
+            raise unknown_name(
+                "recipe", spec, {*RECIPES, *BUILT_IN}, "A folder of pictures works too."
+            ) from error
         raise
     return folder_recipe(spec, dataset), dataset

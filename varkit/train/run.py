@@ -1,7 +1,7 @@
 """`varkit train`: tokenizer first, then the generator over its tokens, then a folder that `varkit.load` takes as it is.
 
-    RUN/request.json   what was asked for          RUN/tokenizer/, RUN/generator/   the trainer's folders
-    RUN/tokens/        pictures encoded once       RUN/model/                       the finished pipeline
+RUN/request.json   what was asked for          RUN/tokenizer/, RUN/generator/   the trainer's folders
+RUN/tokens/        pictures encoded once       RUN/model/                       the finished pipeline
 """
 
 import json
@@ -16,13 +16,14 @@ from PIL import Image
 from varkit.data.base import Dataset
 from varkit.errors import UserError
 from varkit.files import StrPath, write_json
+from varkit.heads.categorical import CategoricalConfig
 from varkit.hub.config import to_json
 from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
-from varkit.hub.registry import CategoricalConfig, ScalesConfig
 from varkit.pictures import grid
+from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
-from varkit.train.generator_task import NextStepTask
+from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.loop import Result, load_run, train
 from varkit.train.recipes import Recipe
 from varkit.train.task import TrainConfig
@@ -45,9 +46,13 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
-            raise UserError(f"both --minutes {self.minutes} and --steps {self.steps} were given; give one of them")
+            raise UserError(
+                f"both --minutes {self.minutes} and --steps {self.steps} were given; give one of them"
+            )
         if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"--minutes {self.minutes} is not above 0; say how long to train, e.g. --minutes 10")
+            raise UserError(
+                f"--minutes {self.minutes} is not above 0; say how long to train, e.g. --minutes 10"
+            )
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps {self.steps} is below 1; train for at least 1 step")
 
@@ -60,22 +65,39 @@ class Request:
         return replace(config, seed=self.seed)
 
 
-def train_recipe(request: Request, recipe: Recipe, dataset: Dataset, out: StrPath, resume: bool = False, say: Say = print) -> Path:
-    """Train both stages in the folder `out`; with `resume`, go on where it stopped. Returns the finished model's folder."""
+def train_recipe(
+    request: Request, recipe: Recipe, dataset: Dataset, out: StrPath, resume: bool = False, say: Say = print
+) -> Path:
+    """Train both stages in the folder `out`; with `resume`, go on where it stopped. Returns the finished model's
+    folder.
+    """
     root = Path(out)
     _open(root, request, resume)
     torch.manual_seed(request.seed)
     share = 0.0 if request.tokenizer else recipe.tokenizer.share
-    tokenizer = _given_tokenizer(request.tokenizer) if request.tokenizer else _train_tokenizer(request, recipe, dataset, root, share, say)
+    tokenizer = (
+        _given_tokenizer(request.tokenizer)
+        if request.tokenizer
+        else _train_tokenizer(request, recipe, dataset, root, share, say)
+    )
     say("encoding pictures")
     train_part, held_out = dataset.split("train"), dataset.split("validation")
-    wanted = recipe.generator.pictures if train_part.size is None else max(train_part.size, recipe.generator.pictures)
+    wanted = (
+        recipe.generator.pictures
+        if train_part.size is None
+        else max(train_part.size, recipe.generator.pictures)
+    )
     tokens = encode(tokenizer, train_part, wanted, root / "tokens")
     source = held_out if held_out.size != 0 else train_part
     count = HELD_OUT if source.size is None else min(HELD_OUT, source.size)
     validation = encode(tokenizer, source, count, root / "tokens-validation")
     pipeline, result = _train_generator(request, recipe, tokenizer, tokens, validation, root, 1 - share, say)
-    pipeline.about = {"recipe": recipe.name, "request": asdict(request), "steps": result.step, "metrics": result.metrics}
+    pipeline.about = {
+        "recipe": recipe.name,
+        "request": asdict(request),
+        "steps": result.step,
+        "metrics": result.metrics,
+    }
     pipeline.save(root / "model", replace=True)
     say(f"the model is in {root}; try: varkit generate --model {root}")
     return root / "model"
@@ -90,7 +112,10 @@ def _open(root: Path, request: Request, resume: bool) -> None:
         before = json.loads(record.read_text())
         changed = [f"{k} (was {before.get(k)!r}, now {v!r})" for k, v in asked.items() if before.get(k) != v]
         if changed:
-            raise UserError(f"the training in {str(root)!r} was started with other settings: {', '.join(changed)}; resume with those")
+            raise UserError(
+                f"the training in {str(root)!r} was started with other settings: {', '.join(changed)}; "
+                "resume with those"
+            )
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{str(root)!r} is not an empty folder; choose another --out, or go on with --resume")
@@ -103,14 +128,23 @@ def _given_tokenizer(folder: str) -> MultiScaleVQ:
     loaded = load_parts(root / "model" if (root / "model").is_dir() else root)
     tokenizer = loaded.built.get("tokenizer")
     if not isinstance(tokenizer, MultiScaleVQ):
-        raise UserError(f"the folder {folder!r} has no multi-scale tokenizer; give the folder of a trained model")
+        raise UserError(
+            f"the folder {folder!r} has no multi-scale tokenizer; give the folder of a trained model"
+        )
     return tokenizer
 
 
-def _train_tokenizer(request: Request, recipe: Recipe, dataset: Dataset, root: Path, share: float, say: Say) -> MultiScaleVQ:
+def _train_tokenizer(
+    request: Request, recipe: Recipe, dataset: Dataset, root: Path, share: float, say: Say
+) -> MultiScaleVQ:
     part = recipe.tokenizer
     tokenizer = part.config.build()
-    settings = {"recipe": recipe.name, "tokenizer": to_json(part.config), "loss": asdict(part.loss), "batch_size": part.batch_size}
+    settings = {
+        "recipe": recipe.name,
+        "tokenizer": to_json(part.config),
+        "loss": asdict(part.loss),
+        "batch_size": part.batch_size,
+    }
     task = ReconstructionTask(tokenizer, dataset, part.loss, part.batch_size, settings, request.seed)
     say("training the tokenizer")
     _stage(task, request.apply(part.train, share), root / "tokenizer")
@@ -119,23 +153,42 @@ def _train_tokenizer(request: Request, recipe: Recipe, dataset: Dataset, root: P
 
 
 def _train_generator(
-    request: Request, recipe: Recipe, tokenizer: MultiScaleVQ, tokens: Tokens, held_out: Tokens, root: Path, share: float, say: Say
+    request: Request,
+    recipe: Recipe,
+    tokenizer: MultiScaleVQ,
+    tokens: Tokens,
+    held_out: Tokens,
+    root: Path,
+    share: float,
+    say: Say,
 ) -> tuple[Pipeline, Result]:
     part = recipe.generator
-    config = replace(part.config, schedule=tokenizer.config.schedule, code_width=tokenizer.config.code_channels)
+    config = replace(
+        part.config, schedule=tokenizer.config.schedule, code_width=tokenizer.config.code_channels
+    )
     head_config = CategoricalConfig(config.width, tokenizer.config.vocab_size)
     plan_config = ScalesConfig(tokenizer.config.schedule)
     torch.manual_seed(request.seed + 1)
     generator, head, plan = config.build(), head_config.build(), plan_config.build()
     with torch.no_grad():
         head.out.weight.mul_(0.02)
-    configs: dict[str, Any] = {"tokenizer": tokenizer.config, "generator": config, "head": head_config, "plan": plan_config}
+    configs: dict[str, Any] = {
+        "tokenizer": tokenizer.config,
+        "generator": config,
+        "head": head_config,
+        "plan": plan_config,
+    }
     built = {"tokenizer": tokenizer, "generator": generator, "head": head, "plan": plan}
     pipeline = Pipeline(built, configs, part.settings)
-    settings = {"recipe": recipe.name, "generator": to_json(config), "batch_size": part.batch_size, "pictures": len(tokens)}
+    settings = {
+        "recipe": recipe.name,
+        "generator": to_json(config),
+        "batch_size": part.batch_size,
+        "pictures": len(tokens),
+    }
     task = NextStepTask(
-        tokenizer, generator, head, plan, tokens, held_out, part.batch_size, settings, request.seed, part.condition_drop,
-        draw=lambda: _sheet(pipeline, recipe.prompts),
+        Forced(tokenizer, generator, head, plan), tokens, held_out, part.batch_size, settings, request.seed,
+        part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
     )  # fmt: skip
     say("training the generator")
     result = _stage(task, request.apply(part.train, share), root / "generator")

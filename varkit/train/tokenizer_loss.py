@@ -116,7 +116,7 @@ class TokenizerLoss(nn.Module):
 
     def generator(
         self, outputs: dict[str, Tensor], images: Tensor, step: int = 0, last_layer: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Loss of the tokenizer; the adaptive weight needs `last_layer` = `decoder.conv_out.weight`."""
         config, reconstruction = self.config, outputs["reconstruction"]
         terms = {"l1": F.l1_loss(reconstruction, images), "l2": F.mse_loss(reconstruction, images)}
@@ -141,7 +141,9 @@ class TokenizerLoss(nn.Module):
         clamped = F.mse_loss(reconstruction.detach().clamp(-1, 1), images).item()
         return loss, {**metrics, "psnr": psnr(clamped)}
 
-    def discriminate(self, outputs: dict[str, Tensor], images: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def discriminate(
+        self, outputs: dict[str, Tensor], images: Tensor
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Loss of the discriminator; gradients stop at the reconstruction."""
         assert self.discriminator is not None, (
             "there is a discriminator only with an adversarial weight above 0"

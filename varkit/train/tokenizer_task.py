@@ -1,4 +1,6 @@
-"""What the trainer does for a VQ tokenizer: reconstruct pictures, keep the codebook alive, optionally against a critic."""
+"""What the trainer does for a VQ tokenizer: reconstruct pictures, keep the codebook alive, optionally against a
+critic.
+"""
 
 import numpy as np
 import torch
@@ -26,7 +28,12 @@ class ReconstructionTask(Task):
         self, tokenizer: QuantizedTokenizer, dataset: Dataset, loss: TokenizerLossConfig, batch_size: int, recipe: dict,
         seed: int = 0, patience: int = 100, revive_until: int = 2**62,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.batch_size, self.seed, self.revive_until = tokenizer, batch_size, seed, revive_until
+        self.tokenizer, self.batch_size, self.seed, self.revive_until = (
+            tokenizer,
+            batch_size,
+            seed,
+            revive_until,
+        )
         self.recipe = recipe
         self.train, self.held_out = dataset.split("train"), dataset.split("validation")
         self.losses = TokenizerLoss(loss)
@@ -54,7 +61,7 @@ class ReconstructionTask(Task):
         rows = rng.integers(0, size, self.batch_size).tolist()
         return to_tensor(self.train.batch(rows, self.side, rng.random((self.batch_size, 2))).images)
 
-    def loss(self, phase: str, batch: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, phase: str, batch: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         """One phase of the two-player game, or the only one."""
         if phase == "discriminator":
             return self.losses.discriminate(self._outputs, batch)
@@ -70,7 +77,9 @@ class ReconstructionTask(Task):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         if step >= self.revive_until:
             return {}
-        return {"revived": float(self.keeper.update(self._outputs["residuals"], self._outputs["ids"], generator))}
+        return {
+            "revived": float(self.keeper.update(self._outputs["residuals"], self._outputs["ids"], generator))
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the modules."""

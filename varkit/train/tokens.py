@@ -1,7 +1,7 @@
 """Pictures encoded once: the tokens, labels and captions that generator training reads again and again.
 
-Encoding costs a good part of a training step, so a run encodes its data set (or the first `count` of an endless one) into
-its folder; a resumed run finds it there. Legend: N items, L positions.
+Encoding costs a good part of a training step, so a run encodes its data set (or the first `count` of an endless one)
+into its folder; a resumed run finds it there. Legend: N items, L positions.
 """
 
 import json
@@ -44,7 +44,12 @@ class Tokens:
 
 @torch.no_grad()
 def encode(
-    tokenizer: Tokenizer, dataset: Dataset, count: int, folder: Path, seed: int = 0, progress: Progress | None = None
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    count: int,
+    folder: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Tokens:
     """Encode `count` items (going round a finite set, with new crops each time) into `folder`, unless it is there."""
     if folder.exists():

@@ -1,8 +1,9 @@
 """The full cache: every slot written stays, in place, at the address the plan gave it.
 
-Fast path: when all samples feed the slots just behind what is cached, and see all of it, keys are written into the storage
-and read back as a plain prefix, without mask or copy. Every other step (ragged samples, holes, narrowed pasts, overwriting,
-steps that do not write) takes the general path, which attends over storage and own slots under a mask.
+Fast path: when all samples feed the slots just behind what is cached, and see all of it, keys are written into the
+storage and read back as a plain prefix, without mask or copy. Every other step (ragged samples, holes, narrowed
+pasts, overwriting, steps that do not write) takes the general path, which attends over storage and own slots under a
+mask.
 Legend: N = R branches x B samples, H heads, S slots, L own slots, E head width.
 """
 
@@ -21,7 +22,9 @@ class FullCache(Cache):
 
     def __init__(self, batch: int, branches: int = 1, slots: int | None = None) -> None:
         self.branches, self.slots = branches, slots
-        self.written_at = torch.full((batch, slots or 64), -1)  # the step (cursor) that wrote each slot, or -1
+        self.written_at = torch.full(
+            (batch, slots or 64), -1
+        )  # the step (cursor) that wrote each slot, or -1
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._step: Step | None = None
         self._filled: int | None = 0  # all samples hold exactly slots 0..filled-1; None when they do not
@@ -38,9 +41,7 @@ class FullCache(Cache):
     def open(self, step: Step, at: Tensor) -> "FullCache":
         self._step, self._at = step, at
         span = step.feed.span
-        self._prefix = (
-            step.writes and span is not None and span[0] == self._filled and step.sees.whole_past
-        )
+        self._prefix = step.writes and span is not None and span[0] == self._filled and step.sees.whole_past
         if step.writes:
             self._grow(int(step.feed.ids.max()) + 1)
         if self._prefix:
@@ -66,7 +67,9 @@ class FullCache(Cache):
             return [View(keys[:, :, :b], values[:, :, :b], mask)]
         own_k, own_v = k, v
         view = View(
-            torch.cat([keys[:, :, : self._held], own_k], dim=2), torch.cat([values[:, :, : self._held], own_v], dim=2), mask
+            torch.cat([keys[:, :, : self._held], own_k], dim=2),
+            torch.cat([values[:, :, : self._held], own_v], dim=2),
+            mask,
         )
         if self._step.writes:
             self._write(keys, own_k)
@@ -96,7 +99,10 @@ class FullCache(Cache):
         out = FullCache(sum(p.batch for p in full), self.branches, self.slots)
         out.written_at = torch.cat([_padded(p.written_at, size, -1, dim=1) for p in full])
         for layer in sorted(set().union(*(p.layers for p in full))):
-            k, v = (torch.cat([p._branchwise(layer, i, size, full) for p in full], dim=1).flatten(0, 1) for i in (0, 1))
+            k, v = (
+                torch.cat([p._branchwise(layer, i, size, full) for p in full], dim=1).flatten(0, 1)
+                for i in (0, 1)
+            )
             out.layers[layer] = (k, v)
         out._recount()
         return out
@@ -116,7 +122,9 @@ class FullCache(Cache):
     def _branchwise(self, layer: int, which: int, size: int, parts: Sequence["FullCache"]) -> Tensor:
         """One layer's keys (0) or values (1) as (R, B, H, S, E); zeros where nothing was ever written."""
         if layer in self.layers:
-            return _padded(self.layers[layer][which], size, 0, dim=2).unflatten(0, (self.branches, self.batch))
+            return _padded(self.layers[layer][which], size, 0, dim=2).unflatten(
+                0, (self.branches, self.batch)
+            )
         like = next(p.layers[layer][which] for p in parts if layer in p.layers)
         return like.new_zeros(self.branches, self.batch, like.shape[1], size, like.shape[3])
 
@@ -127,7 +135,9 @@ class FullCache(Cache):
         assert self.slots is None, f"slot {needed - 1} is beyond the plan's {self.slots} slots"
         size = max(needed, 2 * size)
         self.written_at = _padded(self.written_at, size, -1, dim=1)
-        self.layers = {i: (_padded(k, size, 0, dim=2), _padded(v, size, 0, dim=2)) for i, (k, v) in self.layers.items()}
+        self.layers = {
+            i: (_padded(k, size, 0, dim=2), _padded(v, size, 0, dim=2)) for i, (k, v) in self.layers.items()
+        }
 
     def _storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:
@@ -193,7 +203,9 @@ class FullCache(Cache):
             own = own & step.feed.valid[:, None, :]
             # a padded query would see nothing and turn into NaN: let it see itself
             own = own | torch.eye(length, dtype=torch.bool)
-        full = torch.cat([past.expand(self.batch, length, held), own.expand(self.batch, length, length)], dim=-1)
+        full = torch.cat(
+            [past.expand(self.batch, length, held), own.expand(self.batch, length, length)], dim=-1
+        )
         return self._per_branch(full)
 
     def _per_branch(self, mask: Tensor) -> Tensor:

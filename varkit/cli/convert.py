@@ -1,0 +1,58 @@
+"""`varkit convert`: published checkpoints to a model folder, and back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from varkit.errors import UserError
+from varkit.files import ensure_new_folder
+
+if TYPE_CHECKING:
+    from varkit.hub.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn published VAR checkpoints into a model folder, or a model folder into published checkpoints."""
+
+    checkpoints: Positional[tuple[Path, ...]]
+    """The files of the tokenizer and the generator, in any order, or a trainer checkpoint of both; with --to published,
+    a model folder."""
+    out: Path
+    """The new folder."""
+    to: Literal["varkit", "published"] = "varkit"
+    """The layout to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Store the weights in this type (the codes stay float32); by default in the type they have."""
+
+    def run(self) -> None:
+        """Write the folder and print what was written."""
+        if not self.checkpoints:
+            raise UserError("no checkpoint is given; write: varkit convert --out DIR TOKENIZER GENERATOR")
+        ensure_new_folder(self.out)
+
+        from varkit.hub.published import pipeline_from_published, save_published
+
+        if self.to == "varkit":
+            self._cast(pipeline_from_published(self.checkpoints)).save(self.out)
+            print(self.out)
+            return
+
+        from varkit.hub.pipeline import load
+
+        if len(self.checkpoints) > 1:
+            raise UserError(f"{len(self.checkpoints)} models were given; --to published takes one model folder")
+        for file in save_published(self._cast(load(self.checkpoints[0])), self.out):
+            print(file)
+
+    def _cast(self, pipeline: "Pipeline") -> "Pipeline":
+        if self.dtype is None:
+            return pipeline
+
+        import torch
+
+        from varkit.hub.published import cast
+
+        return cast(pipeline, getattr(torch, self.dtype))

@@ -1,0 +1,76 @@
+"""`varkit edit`: draw part of a picture anew."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from varkit.cli.generate import Sampling, save_picture
+from varkit.errors import UserError
+from varkit.files import ensure_writable
+
+
+@dataclass(frozen=True)
+class Edit(Sampling):
+    """Draw part of a picture anew: in-painting, out-painting, or another class in its place."""
+
+    picture: Positional[Path]
+    """The picture to edit."""
+    caption: Positional[str | None] = None
+    """What the new picture shows, for a text model; the name of a class, for a class model."""
+    label: int | None = None
+    """What to draw, for a class model: a label. Without caption and label the model is not told."""
+    mask: Path | None = None
+    """A picture whose white parts are redrawn; same size as the picture."""
+    box: tuple[float, float, float, float] | None = None
+    """Y0 X0 Y1 X1, in fractions of the picture: redraw inside the box."""
+    outside: bool = False
+    """Redraw outside the box instead (out-painting)."""
+    raw: bool = False
+    """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
+    model: str = "scenes"
+    """A bundled model, a saved folder, or a training's output folder."""
+    n: int = 1
+    """Versions to draw."""
+    seed: int = 0
+    """Seed of the first version's stream."""
+    out: Path | None = None
+    """FILE.png (n > 1 writes FILE-0.png ...); by default NAME-edited.png beside the picture."""
+
+    def __post_init__(self) -> None:
+        if (self.mask is None) == (self.box is None):
+            given = "both --mask and --box were" if self.mask else "neither --mask nor --box was"
+            raise UserError(f"{given} given; say with one of them what is redrawn")
+        if self.outside and self.box is None:
+            raise UserError("--outside goes with --box; with --mask, invert the mask picture")
+        if self.caption is not None and self.label is not None:
+            raise UserError(f"caption {self.caption!r} and label {self.label} were given; give one of them")
+        if self.n < 1:
+            raise UserError(f"--n is {self.n}; ask for at least 1 picture")
+
+    def run(self) -> None:
+        """Write the edited pictures and print their paths."""
+        out = self.out or self.picture.with_name(f"{self.picture.stem}-edited.png")
+        targets = (
+            [out] if self.n == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(self.n)]
+        )
+        for target in targets:
+            ensure_writable(target)
+
+        import numpy as np
+        from PIL import Image
+
+        from varkit.data.images import open_image
+        from varkit.edit.inpaint import box_mask, inpaint, paste
+        from varkit.hub.pipeline import load
+
+        original = Image.fromarray(open_image(self.picture))
+        if self.mask is not None:
+            redraw = np.asarray(Image.fromarray(open_image(self.mask)).convert("L")) > 127
+        else:
+            assert self.box is not None
+            redraw = box_mask((original.height, original.width), self.box, inside=not self.outside)
+        prompt = self.caption if self.label is None else self.label
+        edited = inpaint(load(self.model), original, redraw, prompt, self.n, self.seed, **self.chosen())
+        for path, image in zip(targets, edited if self.raw else paste(edited, original, redraw), strict=True):
+            save_picture(image, path)

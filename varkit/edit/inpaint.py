@@ -1,0 +1,131 @@
+"""Zero-shot in-painting, out-painting and class editing with a next-scale model (VAR, arXiv 2404.02905, Sec. 5).
+
+The picture is encoded to tokens; at each scale the true tokens replace the sampled ones wherever the mask, resized to
+that scale, says keep. Nothing is trained, and the model's decoding loop is used as it is.
+Legend: B samples, H W pixels, h w grid of a scale, L positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from varkit.decode.loop import run
+from varkit.decode.state import Override, State
+from varkit.errors import UserError
+from varkit.hub.pipeline import Pipeline, Prompt
+from varkit.pictures import to_pil, to_tensor
+from varkit.plans.scales import ScalePlan
+from varkit.plans.schedule import Schedule
+from varkit.plans.step import Step
+
+ALWAYS_KEPT = 3
+"""Scales of at most this many positions keep the picture's own tokens: they hold its overall tone (published rule)."""
+
+
+def keep_masks(redraw: Tensor, schedule: Schedule) -> Tensor:
+    """Where tokens are kept at every scale: redraw (H, W) in [0, 1], 1 = draw anew -> (L,) bool.
+
+    Bilinear resizing and a threshold of one half, as published.
+    """
+    keep = (1 - redraw.float())[None, None]
+    levels = []
+    for (h, w), n in zip(schedule.sides, schedule.lengths, strict=True):
+        if n <= ALWAYS_KEPT:
+            levels.append(torch.ones(n, dtype=torch.bool))
+        else:
+            levels.append((F.interpolate(keep, (h, w), mode="bilinear") > 0.5).flatten())
+    return torch.cat(levels)
+
+
+def keeping(ids: Tensor, keep: Tensor, codebook: Tensor) -> Override:
+    """An override that puts the true ids (B, L) in place of sampled ones where keep (L,) is True."""
+
+    def override(step: Step, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+        position = step.target.clamp(min=0)
+        true = ids[:, position] if position.ndim == 1 else ids.gather(1, position)
+        held = keep[position].to(ids.device)
+        mixed = {**values, "ids": torch.where(held, true, values["ids"])}
+        if "codes" in values:
+            mixed["codes"] = torch.where(held[..., None], codebook[true], values["codes"])
+        return mixed
+
+    return override
+
+
+@torch.no_grad()
+def inpaint(
+    pipeline: Pipeline,
+    image: Image.Image,
+    redraw: np.ndarray,
+    prompt: Prompt | None = None,
+    n: int = 1,
+    seed: int = 0,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Draw `n` versions of a picture anew where redraw (H, W) is True; without a prompt the model is not told what.
+
+    The picture is brought to the model's size. Everything, also what is kept, comes out of the tokenizer; `paste` puts
+    the original pixels back. Raises `UserError` for a model of another order, or a mask of another size.
+    """
+    if not isinstance(pipeline.model.plan, ScalePlan):
+        kind = type(pipeline.model.plan).__name__
+        raise UserError(
+            f"editing needs a model that draws scale by scale, and this one follows a {kind}; try 'scenes'"
+        )
+    if redraw.shape != (image.height, image.width):
+        raise UserError(
+            f"the mask is {redraw.shape[0]}x{redraw.shape[1]} and the picture {image.height}x{image.width}; "
+            "they must have one size"
+        )
+    tokenizer, schedule = pipeline.tokenizer, pipeline.model.plan.schedule
+    ids = tokenizer.encode(to_tensor(np.asarray(fitted(image, pipeline.size))[None]).to(pipeline.device))[
+        "ids"
+    ]
+    keep = keep_masks(torch.from_numpy(redraw), schedule)
+    chosen = replace(pipeline.settings, **settings)
+    state = _start(pipeline, prompt, n, seed, chosen)
+    override = keeping(ids.expand(n, -1), keep, tokenizer.quantizer.codebook)
+    state.options = replace(state.options, override=override)
+    return to_pil(run(pipeline.model, state).canvas.preview())
+
+
+def _start(pipeline: Pipeline, prompt: Prompt | None, n: int, seed: int, settings: Any) -> State:
+    if prompt is not None:
+        return pipeline.start(pipeline.jobs(prompt, n), seed, settings=settings)
+    empty = pipeline.unconditional(n)
+    return pipeline.start_from(empty, seed, range(n), replace(settings, guidance=1.0))
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """RGB at (height, width), by Lanczos when it has another size."""
+    rgb = image.convert("RGB")
+    return rgb if rgb.size == (size[1], size[0]) else rgb.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+
+
+def paste(edited: Sequence[Image.Image], original: Image.Image, redraw: np.ndarray) -> list[Image.Image]:
+    """The edited pictures at the original's size, with its own pixels wherever nothing was to be redrawn."""
+    mask = Image.fromarray(redraw.astype(np.uint8) * 255)
+    base = original.convert("RGB")
+    return [Image.composite(fitted(e, (base.height, base.width)), base, mask) for e in edited]
+
+
+def box_mask(size: tuple[int, int], box: Sequence[float], inside: bool = True) -> np.ndarray:
+    """(H, W) bool: True inside the box (y0, x0, y1, x1), given as fractions of the picture; outside with inside=False.
+
+    Raises `UserError` unless 0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1.
+    """
+    y0, x0, y1, x1 = box
+    if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+        raise UserError(
+            f"box {tuple(box)} is not Y0 X0 Y1 X1 in fractions of the picture; try 0.25 0.25 0.75 0.75"
+        )
+    height, width = size
+    mask = np.zeros(size, dtype=bool)
+    mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = True
+    return mask if inside else ~mask
