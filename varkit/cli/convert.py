@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from varkit.errors import UserError
+from varkit.errors import UserError, unknown_name
 from varkit.files import ensure_new_folder
 
 if TYPE_CHECKING:
     from varkit.hub.pipeline import Pipeline
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,12 @@ class Convert:
     """The new folder."""
     to: Literal["varkit", "published"] = "varkit"
     """The layout to write."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Store the weights in this type (the codes stay float32); by default in the type they have."""
+    dtype: str | None = None
+    """Store the weights as float32, bfloat16 or float16 (codes stay as they are); by default all stay as they are."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise unknown_name("dtype", self.dtype, DTYPES)
 
     def run(self) -> None:
         """Write the folder and print what was written."""
@@ -43,7 +49,9 @@ class Convert:
         from varkit.hub.pipeline import load
 
         if len(self.checkpoints) > 1:
-            raise UserError(f"{len(self.checkpoints)} models were given; --to published takes one model folder")
+            raise UserError(
+                f"{len(self.checkpoints)} models were given; --to published takes one model folder"
+            )
         for file in save_published(self._cast(load(self.checkpoints[0])), self.out):
             print(file)
 

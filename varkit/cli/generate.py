@@ -73,12 +73,15 @@ class Generate(Sampling):
             raise UserError(f"--n is {self.n}; ask for at least 1 picture")
         targets = self._targets(prompts)
         for target in targets:
+            if target.is_dir():
+                raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
             ensure_writable(target)
 
         from varkit.hub.pipeline import load
 
         pipeline = load(self.model)
         pipeline.check_size(size)
+        pipeline.conditions(prompts)  # a mistake in the last prompt shows before the first is drawn
         jobs = list(pipeline.jobs(prompts, self.n))
         images, strips = draw(pipeline, jobs, self.seed, self.chosen())
         if self.grid:
@@ -96,11 +99,7 @@ class Generate(Sampling):
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} were given; give one of a caption, --label or --prompts")
         if self.prompts is not None:
-            lines = [line.strip() for line in self.prompts.read_text(encoding="utf-8").splitlines()]
-            found: list[str | int] = [line for line in lines if line]
-            if not found:
-                raise UserError(f"{str(self.prompts)!r} has no prompt; write one a line")
-            return found
+            return read_prompts(self.prompts)
         if self.label is not None:
             return [self.label]
         if self.caption is None:
@@ -124,6 +123,20 @@ class Generate(Sampling):
         if count == 1:
             return [out]
         return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+
+
+def read_prompts(file: Path) -> list[str | int]:
+    """The lines of a text file that are not empty."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(file)!r} is not a text in UTF-8 ({error.reason}); write one prompt a line") from error
+    if "\0" in text:
+        raise UserError(f"{str(file)!r} is not a text: it has zero bytes; write one prompt a line")
+    found: list[str | int] = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise UserError(f"{str(file)!r} has no prompt; write one a line")
+    return found
 
 
 def draw(

@@ -61,6 +61,7 @@ from varkit.cli.runner import run_guarded
 from varkit.errors import UserError, unknown_name
 
 COMMANDS: dict[str, str] = {
+    "convert": "varkit.cli.convert:Convert",
     "verify": "varkit.cli.verify:Verify",
     "edit": "varkit.cli.edit:Edit",
     "generate": "varkit.cli.generate:Generate",

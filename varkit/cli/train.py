@@ -31,12 +31,13 @@ class Train:
     def run(self) -> None:
         """Train, and say where the model is."""
         from varkit.train.recipes import find_recipe
-        from varkit.train.run import Request, train_recipe
+        from varkit.train.run import Request, check_run, train_recipe
 
         tokenizer = None if self.tokenizer is None else str(self.tokenizer)
         request = Request(self.recipe, self.minutes, self.steps, tokenizer, self.seed)
-        recipe, dataset = find_recipe(self.recipe)
+        check_run(self.out, request, self.resume)
         ensure_writable(self.out / "request.json")
+        recipe, dataset = find_recipe(self.recipe)
         model = train_recipe(request, recipe, dataset, self.out, self.resume, log)
         if dataset.report.counts:
             log(f"pictures: {dataset.report}")

@@ -3,6 +3,7 @@
 Legend: B samples, T targets, V vocabulary, D code width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,9 @@ class Sampler:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(
-                f"temperature {self.temperature} is below 0; use 0 (arg-max) or more, 1 is plain sampling"
+                f"temperature {self.temperature} is not a number from 0 up; use 0 (arg-max) or more; 1 is plain sampling"
             )
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is below 0; use 0 (keep all) or a count of codes to keep")

@@ -6,6 +6,7 @@
 Legend: R condition branches, B samples.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,7 +123,7 @@ class Pipeline:
         config: ClassConfig = self.condition
         if isinstance(prompt, str) and prompt in config.names:
             return config.names.index(prompt)
-        if isinstance(prompt, str) and not prompt.lstrip("-").isdigit():
+        if isinstance(prompt, str) and not re.fullmatch(r"-?\d+", prompt):
             names = config.names or tuple(str(i) for i in range(config.classes))
             raise unknown_name("class", prompt, names, f"(or a label from 0 to {config.classes - 1})")
         label = int(prompt)
@@ -239,10 +240,20 @@ class Pipeline:
         if name in bundled() or Path(name).is_dir():
             return load(name)
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        return cls.from_folder(
-            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"])
-        )
+        try:
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            why = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"model {name!r} is neither a bundled model nor a folder, and it could not be fetched from the "
+                f"Hugging Face hub ({why}); check the name and the network, or download the folder elsewhere and give "
+                "its path"
+            ) from error
+        return cls.from_folder(folder)
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
         """Upload the folder form to a repository of the Hugging Face hub; returns its address."""
@@ -273,6 +284,8 @@ def load(name_or_folder: StrPath) -> Pipeline:
     folder = Path(name)
     if (folder / "model" / CONFIG).is_file():  # a training's output
         return Pipeline.from_folder(folder / "model")
+    if (folder / "request.json").is_file():
+        raise UserError(f"the training in {name!r} has made no model yet; go on with varkit train --resume")
     if folder.is_dir():
         return Pipeline.from_folder(folder)
     raise unknown_name(

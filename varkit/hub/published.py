@@ -109,7 +109,9 @@ def _read_states(paths: Sequence[StrPath]) -> dict[str, State]:
             raise UserError(f"{str(path)!r} is a folder; give the checkpoint files in it")
         for what, state in _states_of(path).items():
             if what in states:
-                raise UserError(f"{str(origin[what])!r} and {str(path)!r} both hold a {what}; give one of each")
+                raise UserError(
+                    f"{str(origin[what])!r} and {str(path)!r} both hold a {what}; give one of each"
+                )
             states[what], origin[what] = state, path
     for what, example in (("tokenizer", "vae_ch160v4096z32.pth"), ("generator", "var_d16.pth")):
         if what not in states:
@@ -127,7 +129,7 @@ def _states_of(path: StrPath) -> dict[str, State]:
     for beginning, family in OTHERS.items():
         if any(str(key).startswith(beginning) for key in checkpoint):
             raise UserError(f"{str(path)!r} is not a VAR checkpoint; it looks like {family}")
-    if "quantize.embedding.weight" in checkpoint and not any("quant_resi" in key for key in checkpoint):
+    if "quantize.embedding.weight" in checkpoint and not any("quant_resi" in str(key) for key in checkpoint):
         raise UserError(f"{str(path)!r} is not VAR's tokenizer; it looks like a single-scale VQGAN")
     try:
         states = var.checkpoint_states(checkpoint)

@@ -6,7 +6,7 @@ then become: loading costs about the size of the file, once.
 
 import difflib
 import itertools
-import pickle
+import re
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
@@ -66,12 +66,16 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
     _check_file(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{str(path)!r} is damaged or holds more than tensors ({why}); code in checkpoints is never run: "
-            "save its state dict alone"
-        ) from error
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # damage shows as many kinds
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code:
+            raise UserError(
+                f"{str(path)!r} holds more than tensors ({code[1]}); code in checkpoints is never run: save its state "
+                "dict alone"
+            ) from error
+        raise UserError(f"{str(path)!r} is damaged or no checkpoint; fetch or save it again") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{str(path)!r} holds a {type(loaded).__name__}; a checkpoint is a dict of tensors")
     return loaded

@@ -106,13 +106,15 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v, mask, out, log_sum = ctx.saved_tensors
         # A query that sees nothing has log_sum -inf; its probabilities are 0.
         log_sum = log_sum.masked_fill(log_sum == -torch.inf, torch.inf)
+        q, k, grad = q.contiguous(), k.contiguous(), grad.contiguous()
         p = (q.float() @ k.float().mT).mul_(ctx.scale)
         if mask is not None:
             p.add_(mask)
         p.sub_(log_sum[..., None]).exp_()
         grad_v = p.to(v.dtype).mT @ grad
-        own = (grad.float() * out.float()).sum(-1, keepdim=True)
-        grad_s = (grad.float() @ v.float().mT).sub_(own).mul_(p).mul_(ctx.scale).to(q.dtype)
+        wide = grad.float()
+        own = (wide * out).sum(-1, keepdim=True)
+        grad_s = (wide @ v.float().mT).sub_(own).mul_(p).mul_(ctx.scale).to(q.dtype)
         return grad_s @ k, grad_s.mT @ q, grad_v, None, None
 
 

@@ -45,7 +45,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def convolution_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same product as a 1 x 1 convolution on a (1, I, rows, 1) channels-last view."""
     image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = F.conv2d(image, weight[:, :, None, None], bias)
+    # A single thread's 1 x 1 filters would leave oneDNN, were they not "dilated"; they span one pixel all the same.
+    dilation = (1, 2) if torch.get_num_threads() == 1 else (1, 1)
+    out = F.conv2d(image, weight[:, :, None, None], bias, dilation=dilation)
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -14,6 +14,7 @@ from varkit.generators.conditioning import drop_condition
 from varkit.heads.base import Head
 from varkit.nn.attention import Packed
 from varkit.plans.step import Step
+from varkit.train.task import TrainConfig
 
 
 def teacher_forced(
@@ -69,6 +70,13 @@ class Progressive:
     ) -> None:
         self.levels, self.first, self.warmup, self.ramp = levels, min(first, levels), warmup, max(1, ramp)
         self.end = max(warmup + 1, round(fraction * steps))
+
+    @classmethod
+    def over(cls, levels: int, config: TrainConfig, fraction: float) -> "Progressive":
+        """Published proportions for a run whose steps are known: a ramp of 1/300 of the run after the warm-up."""
+        assert config.steps is not None
+        warm = config.warmup if isinstance(config.warmup, int) else round(config.warmup * config.steps)
+        return cls(levels, config.steps, fraction=fraction, warmup=warm, ramp=config.steps // 300)
 
     def at(self, step: int) -> tuple[int, float]:
         """Active levels and the weight of the newest at a training step."""

@@ -32,13 +32,17 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class GeneratorRecipe:
-    """How the generator is built and trained, over how many encoded pictures, and how it samples by default."""
+    """How the generator is built and trained, over how many encoded pictures, and how it samples by default.
+
+    progressive: the part of the run by which all scales have joined (VAR's progressive training); 0 trains all at once.
+    """
 
     config: VARConfig
     train: TrainConfig
     batch_size: int = 64
     pictures: int = 4096
     condition_drop: float = 0.1
+    progressive: float = 0.0
     settings: Settings = Settings()
 
 

@@ -5,6 +5,7 @@ RUN/tokens/        pictures encoded once       RUN/model/                       
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from varkit.pictures import grid
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 from varkit.train.generator_task import Forced, NextStepTask
-from varkit.train.loop import Result, load_run, train
+from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
+from varkit.train.objective import Progressive
 from varkit.train.recipes import Recipe
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_task import ReconstructionTask
@@ -49,12 +51,14 @@ class Request:
             raise UserError(
                 f"both --minutes {self.minutes} and --steps {self.steps} were given; give one of them"
             )
-        if self.minutes is not None and not self.minutes > 0:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise UserError(
-                f"--minutes {self.minutes} is not above 0; say how long to train, e.g. --minutes 10"
+                f"--minutes {self.minutes} is not a number above 0; say how long to train, e.g. --minutes 10"
             )
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps {self.steps} is below 1; train for at least 1 step")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed} is out of range; use an integer from 0 to 2^63 - 1")
 
     def apply(self, config: TrainConfig, share: float) -> TrainConfig:
         """A stage's settings, with its share of the minutes."""
@@ -72,14 +76,14 @@ def train_recipe(
     folder.
     """
     root = Path(out)
-    _open(root, request, resume)
+    check_run(root, request, resume)
+    given = _given_tokenizer(request.tokenizer) if request.tokenizer else None
+    if not resume:
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "request.json", asdict(request))
     torch.manual_seed(request.seed)
-    share = 0.0 if request.tokenizer else recipe.tokenizer.share
-    tokenizer = (
-        _given_tokenizer(request.tokenizer)
-        if request.tokenizer
-        else _train_tokenizer(request, recipe, dataset, root, share, say)
-    )
+    share = 0.0 if given else recipe.tokenizer.share
+    tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
     say("encoding pictures")
     train_part, held_out = dataset.split("train"), dataset.split("validation")
     wanted = (
@@ -103,13 +107,12 @@ def train_recipe(
     return root / "model"
 
 
-def _open(root: Path, request: Request, resume: bool) -> None:
-    record = root / "request.json"
-    asked = json.loads(json.dumps(asdict(request)))
+def check_run(out: StrPath, request: Request, resume: bool) -> None:
+    """Raise `UserError` unless the folder `out` can be begun with, or, with `resume`, was begun with the same request."""
+    root = Path(out)
     if resume:
-        if not record.is_file():
-            raise UserError(f"{str(root)!r} is not a training's folder; leave --resume out to start there")
-        before = json.loads(record.read_text())
+        before = _begun_with(root)
+        asked = asdict(request)
         changed = [f"{k} (was {before.get(k)!r}, now {v!r})" for k, v in asked.items() if before.get(k) != v]
         if changed:
             raise UserError(
@@ -119,8 +122,16 @@ def _open(root: Path, request: Request, resume: bool) -> None:
         return
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{str(root)!r} is not an empty folder; choose another --out, or go on with --resume")
-    root.mkdir(parents=True, exist_ok=True)
-    write_json(record, asked)
+
+
+def _begun_with(root: Path) -> dict[str, Any]:
+    record = root / "request.json"
+    if not record.is_file():
+        raise UserError(f"{str(root)!r} is not a training's folder; leave --resume out to start there")
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{str(record)!r} is damaged ({error}); start a new training") from error
 
 
 def _given_tokenizer(folder: str) -> MultiScaleVQ:
@@ -191,11 +202,23 @@ def _train_generator(
         part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
     )  # fmt: skip
     say("training the generator")
-    result = _stage(task, request.apply(part.train, share), root / "generator")
+    train_config = request.apply(part.train, share)
+    if part.progressive:
+        train_config = _with_steps(task, train_config, root / "generator")
+        task.progressive = Progressive.over(len(plan.steps), train_config, part.progressive)
+    result = _stage(task, train_config, root / "generator")
     averaged = load_run(root / "generator")
     generator.load_state_dict(averaged["generator"])
     head.load_state_dict(averaged["head"])
     return pipeline, result
+
+
+def _with_steps(task: NextStepTask, config: TrainConfig, folder: Path) -> TrainConfig:
+    """The settings with minutes turned into steps: recorded ones when the stage has begun before, else measured."""
+    if config.steps is not None:
+        return config
+    begun = (folder / "config.json").exists()
+    return replace(config, steps=recorded_steps(folder) if begun else steps_for(config.minutes or 0.0, task, config))
 
 
 def _stage(task: Any, config: TrainConfig, folder: Path) -> Result:

@@ -1,0 +1,106 @@
+"""Teacher forcing: exact losses, progressive training, and both orders learning through the one trainer."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.contracts import CASES, true_latents
+
+from varkit.nn.attention import Packed
+from varkit.train.generator_task import Forced, NextStepTask
+from varkit.train.loop import train
+from varkit.train.objective import NextStepLoss, Progressive
+from varkit.train.task import TrainConfig
+from varkit.train.tokens import Tokens
+
+
+def objective(name: str):
+    case = CASES[name]
+    tokenizer, model = case.build()
+    canvas = tokenizer.canvas(3)
+    canvas.fill(true_latents(tokenizer, model, 3))
+    condition = {k: v[0] for k, v in case.conditions(3).items()}
+    return model, NextStepLoss(model.generator, model.heads["main"], condition_drop=0.0), canvas, condition
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_zero_head_has_the_loss_of_a_uniform_guess(name: str):
+    model, loss, canvas, condition = objective(name)
+    torch.nn.init.zeros_(loss.head.out.weight)
+    if loss.head.out.bias is not None:
+        torch.nn.init.zeros_(loss.head.out.bias)
+    step = model.plan.training_step()
+    value = loss(canvas, step, condition, len(step.target))
+    assert abs(value.item() - math.log(24)) < 1e-5
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_stepwise_logits():
+    model, loss, canvas, condition = objective("var-class")
+    step = model.plan.training_step()
+    each = loss.losses(canvas, step, condition)
+    h = model.generator(
+        canvas.feed(step.feed),
+        step,
+        model.generator.prepare({k: v[None] for k, v in condition.items()}),
+        Packed(step.sees.own),
+    )
+    slow = -model.heads["main"].logits(h).log_softmax(-1).gather(-1, canvas.ids[..., None]).squeeze(-1)
+    assert torch.allclose(each, slow, atol=1e-5)
+    assert abs(float(loss(canvas, step, condition, len(step.target))) - float(slow.mean())) < 1e-5
+
+
+def test_a_truncated_step_has_the_losses_of_the_full_one():
+    model, loss, canvas, condition = objective("var-class")
+    full, part = model.plan.training_step(), model.plan.training_step(2)
+    whole, some = loss.losses(canvas, full, condition), loss.losses(canvas, part, condition)
+    assert torch.allclose(whole[:, : some.shape[1]], some, atol=1e-5)
+    total = len(full.target)
+    expected = some.sum(1).mean() / total
+    assert abs(float(loss(canvas, part, condition, total)) - float(expected)) < 1e-6
+
+
+def test_scales_join_one_by_one_with_a_ramp():
+    progressive = Progressive(levels=10, steps=1000, first=4, fraction=0.7, warmup=0, ramp=10)
+    stages = [progressive.at(s) for s in range(1000)]
+    levels = [n for n, _ in stages]
+    assert levels == sorted(levels) and set(levels) == set(range(4, 11))
+    assert stages[0] == (4, 1.0) and stages[-1] == (10, 1.0)
+    first_of_five = levels.index(5)
+    assert stages[first_of_five][1] == pytest.approx(0.01, abs=0.1) and stages[first_of_five + 10][1] == 1.0
+    assert all(n == 10 for n in levels[700:])
+
+
+def constant_tokens(positions: int, items: int = 32) -> Tokens:
+    """Each label always comes with the same ids: a model that reads its condition reaches zero loss."""
+    rng = np.random.default_rng(0)
+    table = rng.integers(0, 24, (5, positions)).astype(np.int32)
+    labels = np.arange(items) % 5
+    return Tokens(table[labels], labels.astype(np.int64), None)
+
+
+@pytest.mark.parametrize("name", ["var-class", "llamagen-class"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_orders_learn_through_the_one_trainer(name: str, dtype: str, tmp_path: Path):
+    tokenizer, model = CASES[name].build()
+    torch.nn.init.normal_(model.heads["main"].out.weight, std=0.02)
+    tokens = constant_tokens(tokenizer.canvas(1).revealed_at.shape[1])
+    task = NextStepTask(
+        Forced(tokenizer, model.generator, model.heads["main"], model.plan), tokens, tokens, batch_size=16, recipe={}
+    )
+    before = task.validate()["loss"]
+    config = TrainConfig(steps=160, lr=5e-3, dtype=dtype, ema=0.5, validate_every=1000, checkpoint_every=1000)
+    result = train(task, config, tmp_path / "run", quiet=True)
+    assert result.metrics["loss"] < 0.5 * before
+
+
+def test_each_epoch_takes_every_item_once():
+    tokenizer, model = CASES["var-class"].build()
+    tokens = constant_tokens(tokenizer.canvas(1).revealed_at.shape[1])
+    parts = Forced(tokenizer, model.generator, model.heads["main"], model.plan)
+    task = NextStepTask(parts, tokens, tokens, batch_size=8, recipe={})
+    rows = [task._row(i, 0) for i in range(64)]
+    assert sorted(rows[:32]) == list(range(32)) == sorted(rows[32:]) and rows[:32] != rows[32:]
+    again = NextStepTask(parts, tokens, tokens, batch_size=8, recipe={})
+    assert torch.equal(again.batch(5, 0)[0], task.batch(5, 0)[0])
