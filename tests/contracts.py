@@ -48,6 +48,7 @@ class Case:
                 if p.ndim < 2 or "modulation" in name:
                     nn.init.normal_(p, std=0.2)
         nn.init.normal_(tokenizer.quantizer.embedding.weight)
+        nn.init.normal_(head.out.weight, std=0.3)
         return tokenizer.to(dtype), Model(self.plan.build(), generator.to(dtype), {"main": head.to(dtype)})
 
 

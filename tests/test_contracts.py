@@ -11,7 +11,7 @@ from varkit.decode.loop import Model, advance, run
 from varkit.decode.state import State
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.nn.attention import Packed
-from varkit.plans.step import pack
+from varkit.plans.join import pack
 from varkit.train.objective import NextStepLoss
 
 BATCH = 3
@@ -198,6 +198,25 @@ def test_save_and_load_give_the_same_picture(case: Case, dtype: torch.dtype, tmp
         assert a.tobytes() == b.tobytes()
 
 
+def test_weights_stored_smaller_compute_in_float32(tmp_path):
+    case = CASES["var-text"]
+    tokenizer, model = case.build()
+    parts = {
+        "tokenizer": tokenizer,
+        "generator": model.generator,
+        "head": model.heads["main"],
+        "plan": model.plan,
+    }
+    configs = {"tokenizer": case.tokenizer, "generator": case.generator, "head": case.head, "plan": case.plan}
+    Pipeline(parts, configs, Settings()).save(tmp_path / "small", dtype=torch.float16)
+    loaded = Pipeline.from_folder(tmp_path / "small")
+    assert {p.dtype for p in loaded.generator.parameters()} == {torch.float32}
+    loaded.save(tmp_path / "again", dtype=torch.float16)
+    for name in ("tokenizer", "generator", "head"):
+        file = f"{name}.safetensors"
+        assert (tmp_path / "small" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
 def test_gradients_reach_every_parameter(case: Case):
     tokenizer, model = case.build()
     objective = NextStepLoss(model.generator, model.heads["main"], condition_drop=0.5).train()
@@ -215,4 +234,4 @@ def test_gradients_reach_every_parameter(case: Case):
 
 def test_guidance_is_not_applied_at_the_first_scale():
     branches = torch.randn(2, 3, 4)
-    assert torch.equal(Guidance(7.0, ramp=True)(branches, torch.zeros(3)), branches[0])
+    assert torch.equal(Guidance(7.0, ramp=True)(branches, torch.zeros(3, 1)), branches[0])

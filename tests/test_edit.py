@@ -69,9 +69,9 @@ def test_kept_tokens_are_the_pictures_own_and_versions_differ_elsewhere():
     redraw = box_mask((8, 12), (0, 0.5, 1, 1))
     keep = keep_masks(torch.from_numpy(redraw), model.model.plan.schedule)
     state = model.start([3, 3], seed=0)
-    state.options = replace(
-        state.options, override=keeping(true.expand(2, -1), keep, model.tokenizer.quantizer.codebook)
-    )
+    state.options = replace(state.options, override=keeping(model.tokenizer.quantizer.codebook))
+    state.extras = {"true_ids": true.repeat(2, 1), "keep": keep.repeat(2, 1)}
+    state = state.select([1, 0])
     for _ in decode(model.model, state):
         pass
     ids = state.canvas.latents()["ids"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.contracts import CASES, true_latents
 
+from tests.contracts import CASES, true_latents
 from varkit.nn.attention import Packed
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.loop import train
@@ -62,14 +62,16 @@ def test_a_truncated_step_has_the_losses_of_the_full_one():
 
 
 def test_scales_join_one_by_one_with_a_ramp():
-    progressive = Progressive(levels=10, steps=1000, first=4, fraction=0.7, warmup=0, ramp=10)
+    progressive = Progressive(levels=10, steps=1000, first=5, fraction=0.7, warmup=0, ramp=10)
     stages = [progressive.at(s) for s in range(1000)]
     levels = [n for n, _ in stages]
-    assert levels == sorted(levels) and set(levels) == set(range(4, 11))
-    assert stages[0] == (4, 1.0) and stages[-1] == (10, 1.0)
-    first_of_five = levels.index(5)
-    assert stages[first_of_five][1] == pytest.approx(0.01, abs=0.1) and stages[first_of_five + 10][1] == 1.0
-    assert all(n == 10 for n in levels[700:])
+    assert levels == sorted(levels) and set(levels) == set(range(5, 11))
+    assert stages[0] == (5, 1.0) and stages[-1] == (10, 1.0)
+    first_of_six = levels.index(6)
+    assert stages[first_of_six][1] == pytest.approx(0.01, abs=0.1) and stages[first_of_six + 10][1] == 1.0
+    assert [levels[s] for s in (100, 200, 300, 400, 700)] == [
+        5 + round(s / 700 * 5) for s in (100, 200, 300, 400, 700)
+    ]
 
 
 def constant_tokens(positions: int, items: int = 32) -> Tokens:
@@ -87,7 +89,11 @@ def test_both_orders_learn_through_the_one_trainer(name: str, dtype: str, tmp_pa
     torch.nn.init.normal_(model.heads["main"].out.weight, std=0.02)
     tokens = constant_tokens(tokenizer.canvas(1).revealed_at.shape[1])
     task = NextStepTask(
-        Forced(tokenizer, model.generator, model.heads["main"], model.plan), tokens, tokens, batch_size=16, recipe={}
+        Forced(tokenizer, model.generator, model.heads["main"], model.plan),
+        tokens,
+        tokens,
+        batch_size=16,
+        recipe={},
     )
     before = task.validate()["loss"]
     config = TrainConfig(steps=160, lr=5e-3, dtype=dtype, ema=0.5, validate_every=1000, checkpoint_every=1000)

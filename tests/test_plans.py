@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varkit.errors import UserError
+from varkit.plans.join import collate, pack
 from varkit.plans.raster import RasterPlan
 from varkit.plans.scales import ScalePlan
 from varkit.plans.schedule import Schedule
-from varkit.plans.step import Sees, Slots, Step, collate, pack
+from varkit.plans.step import Sees, Slots, Step
 
 
 @st.composite

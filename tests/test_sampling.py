@@ -59,7 +59,7 @@ def ask(batch: int, targets: int, progress: float = 0.0, at: int = 0) -> Ask:
     ids = torch.arange(targets)
     step = Step.of(Slots.of(ids, ids, torch.zeros(targets, 2)), target=ids)
     return Ask(
-        step, Draws.start(0, batch), torch.full((batch,), at), torch.full((batch,), progress), Guidance()
+        step, Draws.start(0, batch), torch.full((batch, 1), at), torch.full((batch, 1), progress), Guidance()
     )
 
 
@@ -94,12 +94,12 @@ def test_smooth_sampling_draws_the_same_ids_and_sharpens():
 
 def test_guidance_is_u_plus_s_times_c_minus_u():
     c, u = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    both, half = torch.stack([c, u]), torch.full((3,), 0.5)
+    both, half = torch.stack([c, u]), torch.full((3, 1), 0.5)
     assert torch.allclose(Guidance(3.0)(both, half), u + 3.0 * (c - u))
     assert torch.equal(Guidance(0.0)(both, half), u)
     cfg, k, last = 1.5, 3, 9  # VAR: (1 + t) c - t u with t = cfg k / (K - 1)
     t = cfg * k / last
-    ramped = Guidance(1 + cfg, ramp=True)(both, torch.full((3,), k / last, dtype=torch.float64))
+    ramped = Guidance(1 + cfg, ramp=True)(both, torch.full((3, 1), k / last, dtype=torch.float64))
     assert torch.allclose(ramped, (1 + t) * c - t * u)
 
 

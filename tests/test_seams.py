@@ -14,8 +14,8 @@ from varkit.decode.state import Options, State
 from varkit.draws import Draws
 from varkit.heads.categorical import CategoricalHead
 from varkit.nn.attention import Packed
+from varkit.plans.join import pack
 from varkit.plans.raster import RasterPlan
-from varkit.plans.step import pack
 
 
 def start(
@@ -215,7 +215,7 @@ def test_ports_read_and_replace_hidden_states_at_a_step():
     model = raster_model()
     seen: list[int] = []
 
-    def port(h, step):
+    def port(h, step, prepared):
         seen.append(int(step.feed.ids[0]))
         return h + 1.0 if int(step.feed.ids[0]) >= 3 else h
 

@@ -81,13 +81,14 @@ class Draws:
         )
 
     def bits(self, purpose: str, step: int | Tensor, positions: Tensor, n: int = 1) -> np.ndarray:
-        """(B, P, n) uint64 below 2^32. `step` is a number or (B,); `positions` (P,) or (B, P), values >= 0."""
+        """(B, P, n) uint64 below 2^32. `step` is a number, (B,) or (B, P); `positions` (P,) or (B, P), values >= 0."""
         batch = len(self.streams)
         keys = np.array([s.key(purpose) for s in self.streams], dtype=np.uint64)[:, None, None]
         place = (
             np.atleast_2d(positions.cpu().numpy()).astype(np.int64) & 0xFFFFFFFF
         )  # padding (-1) is harmless
-        steps = np.broadcast_to(np.asarray(step, dtype=np.int64).reshape(-1, 1, 1), (batch, 1, 1))
+        at = np.asarray(step, dtype=np.int64)
+        steps = at[..., None] if at.ndim == 2 else at.reshape(-1, 1, 1)
         shape = (batch, place.shape[-1], -(-n // 4))
         block = np.broadcast_to(np.arange(shape[2], dtype=np.uint64), shape)
         counter = [
@@ -101,10 +102,9 @@ class Draws:
 
     def uniform(self, purpose: str, step: int | Tensor, positions: Tensor, n: int = 1) -> Tensor:
         """(B, P, n) float32, uniform in the open interval (0, 1)."""
-        bits = self.bits(purpose, step, positions, n) >> np.uint64(
-            8
-        )  # 24 bits: exact in float32, never 0 or 1
-        return torch.from_numpy(((bits.astype(np.float64) + 0.5) / 2**24).astype(np.float32))
+        # 23 bits and a half one: exact in float32, so never rounded to 0 or 1
+        bits = self.bits(purpose, step, positions, n) >> np.uint64(9)
+        return torch.from_numpy(((bits.astype(np.float64) + 0.5) / 2**23).astype(np.float32))
 
     def normal(self, purpose: str, step: int | Tensor, positions: Tensor, n: int = 1) -> Tensor:
         """(B, P, n) float32, standard normal (inverse of the distribution function at 32-bit uniforms)."""

@@ -135,10 +135,14 @@ def _building_beside(final: Path) -> Iterator[Path]:
 
 
 def _disk_full(error: BaseException) -> int | None:
-    """The errno when `error` means that the disk is full, also as Rust's safetensors words it."""
+    """The errno when `error` means that the disk is full, also as Rust's safetensors words it.
+
+    torch's own error, which it raises on closing the file, hides the one that came first.
+    """
     if isinstance(error, OSError):
         return error.errno if error.errno in DISK_FULL else None
-    return next((code for code in DISK_FULL if f"(os error {code})" in str(error)), None)
+    found = next((code for code in DISK_FULL if f"(os error {code})" in str(error)), None)
+    return found or (_disk_full(error.__context__) if error.__context__ else None)
 
 
 def _move_aside(final: Path) -> Path | None:

@@ -44,5 +44,5 @@ class ToyGenerator(Generator):
         for layer in range(self.depth):
             h = h + self.attention[layer](h, window, layer)
             h = h + torch.tanh(self.mlp[layer](h))
-            h = through(ports, "block", layer, h, step)
+            h = through(ports, "block", layer, h, step, prepared)
         return h

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from varkit.plans.base import Plan, StaticPlan
-from varkit.plans.step import Slots, Step, collate
+from varkit.plans.join import collate
+from varkit.plans.step import Slots, Step
 
 
 def grid_coords(positions: Tensor, width: int) -> Tensor:
@@ -48,8 +49,8 @@ class MaskedPlan(Plan):
     def finished(self, state) -> Tensor:
         return state.cursor >= self.n_steps
 
-    def progress(self, state) -> Tensor:
-        return state.cursor / self.n_steps
+    def progress(self, at: Tensor) -> Tensor:
+        return at / self.n_steps
 
 
 class ChunkPlan(StaticPlan):

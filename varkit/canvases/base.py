@@ -75,7 +75,7 @@ class Canvas(ABC):
 
     def select(self, ids: Sequence[int]) -> "Canvas":
         """Samples re-ordered, dropped or repeated (copies)."""
-        index = torch.as_tensor(ids)
+        index = torch.as_tensor(ids, dtype=torch.int64)
         return self.with_tensors({k: v[index.to(v.device)] for k, v in self.tensors().items()})
 
     @staticmethod
@@ -87,13 +87,16 @@ class Canvas(ABC):
 
 def gather_positions(table: Tensor, positions: Tensor) -> Tensor:
     """table (B, P, ...) at positions (L,) or (B, L) -> (B, L, ...), zeros where the position is -1."""
+    complete = bool(
+        (positions >= 0).all()
+    )  # asked where the plan's tensors live: no synchronisation with the device
     positions = positions.to(table.device)
     if positions.ndim == 1:
         found = table[:, positions.clamp(min=0)]
     else:
         rows = torch.arange(table.shape[0], device=table.device)[:, None]
         found = table[rows, positions.clamp(min=0)]
-    if bool((positions >= 0).all()):
+    if complete:
         return found
     keep = (positions >= 0).reshape(*positions.shape, *([1] * (table.ndim - 2)))
     return torch.where(keep, found, torch.zeros_like(found))
@@ -103,8 +106,9 @@ def scatter_positions(table: Tensor, positions: Tensor, values: Tensor, keep: Te
     """Write values (B, T, ...) into table (B, P, ...) at positions (T,) or (B, T), skipping -1 and where `keep` is
     False.
     """
+    complete = positions.ndim == 1 and keep is None and bool((positions >= 0).all())
     positions = positions.to(table.device)
-    if positions.ndim == 1 and keep is None and bool((positions >= 0).all()):
+    if complete:
         table[:, positions] = values.to(table.dtype)
         return
     wanted = positions.expand(table.shape[0], -1)
@@ -113,8 +117,13 @@ def scatter_positions(table: Tensor, positions: Tensor, values: Tensor, keep: Te
     table[rows[ok], wanted[ok]] = values.to(table.dtype)[ok]
 
 
+def steps_of(step: Step, at: Tensor) -> Tensor:
+    """The decoding step each target belongs to, (B, 1) or (B, T): the cursor, plus its turn in a pack."""
+    return at[:, None] if step.turn is None else at[:, None] + step.turn
+
+
 def mark_revealed(revealed_at: Tensor, step: Step, at: Tensor) -> None:
     """Note in `revealed_at` (B, P) that the step's revealed targets were committed at cursor `at` (B,)."""
     keep = None if bool(step.reveal.all()) else step.reveal.expand(revealed_at.shape[0], -1)
-    stamp = at[:, None].expand(revealed_at.shape[0], step.target.shape[-1])
+    stamp = steps_of(step, at).expand(revealed_at.shape[0], step.target.shape[-1])
     scatter_positions(revealed_at, step.target, stamp, keep)

@@ -37,10 +37,11 @@ class GridCanvas(Canvas):
         positions: int,
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]],
         show: Callable[[dict[str, Tensor]], Tensor] | None = None,
+        device: torch.device | None = None,
     ) -> "GridCanvas":
         """Nothing revealed; `fields` gives each value's shape behind (B, P) and its dtype."""
         values = {
-            name: torch.zeros(batch, positions, *shape, dtype=dtype)
+            name: torch.zeros(batch, positions, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in fields.items()
         }
         return cls(values, torch.full((batch, positions), NEVER), show)
@@ -49,8 +50,11 @@ class GridCanvas(Canvas):
         return {name: gather_positions(table, slots.shows) for name, table in self.values.items()}
 
     def reveal(self, step: Step, values: dict[str, Tensor], at: Tensor) -> None:
-        for name, table in self.values.items():
-            scatter_positions(table, step.target, values[name])
+        assert values.keys() <= self.values.keys(), (
+            f"this canvas holds {list(self.values)}, not {list(values)}"
+        )
+        for name, value in values.items():
+            scatter_positions(self.values[name], step.target, value)
         mark_revealed(self.revealed_at, step, at)
 
     def latents(self) -> dict[str, Tensor]:
@@ -58,7 +62,7 @@ class GridCanvas(Canvas):
 
     def fill(self, latents: dict[str, Tensor]) -> None:
         for name in self.values:
-            self.values[name] = latents[name]
+            self.values[name] = latents[name].to(self.values[name].device, copy=True)
         self.revealed_at = torch.zeros_like(self.revealed_at)
 
     def preview(self) -> Tensor:

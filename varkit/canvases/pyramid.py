@@ -33,12 +33,12 @@ class PyramidCanvas(Canvas):
     ) -> None:
         self.quantizer, self.schedule, self.show = quantizer, schedule, show
         if tensors is None:
-            device, width = quantizer.codebook.device, quantizer.codebook.shape[1]
+            like, width = quantizer.codebook, quantizer.codebook.shape[1]
             tensors = {
-                "ids": torch.zeros(batch, schedule.total, dtype=torch.int64, device=device),
-                "codes": torch.zeros(batch, schedule.total, width, device=device),
-                "inputs": torch.zeros(batch, schedule.total, width, device=device),
-                "f_hat": torch.zeros(batch, width, *schedule.last, device=device),
+                "ids": torch.zeros(batch, schedule.total, dtype=torch.int64, device=like.device),
+                "codes": like.new_zeros(batch, schedule.total, width),
+                "inputs": like.new_zeros(batch, schedule.total, width),
+                "f_hat": like.new_zeros(batch, width, *schedule.last),
                 "revealed_at": torch.full((batch, schedule.total), NEVER),
             }
         self._tensors = tensors
@@ -61,21 +61,34 @@ class PyramidCanvas(Canvas):
         return {"vectors": gather_positions(self._tensors["inputs"], slots.shows)}
 
     def reveal(self, step: Step, values: dict[str, Tensor], at: Tensor) -> None:
+        assert bool((step.reveal | (step.target < 0)).all()), (
+            "a pyramid commits whole levels; nothing is provisional"
+        )
+        again = gather_positions(self.known, step.target).any(dim=1)
         scatter_positions(self.ids, step.target, values["ids"])
         mark_revealed(self.revealed_at, step, at)
-        first = step.target[..., 0] if step.target.ndim == 2 else step.target[:1].expand(self.batch)
+        codes = values["codes"] if "codes" in values else self.quantizer.lookup(values["ids"])
+        first = (
+            step.target[..., 0].expand(self.batch)
+            if step.target.ndim == 2
+            else step.target[:1].expand(self.batch)
+        )
         for start in first.unique().tolist():
-            if start < 0:
-                continue
-            rows = (first == start).nonzero()[:, 0].to(self.ids.device)
-            level = self.schedule.offsets.index(start)  # whole levels only
+            if start >= 0:
+                rows = (first == start).nonzero()[:, 0]
+                target = step.target if step.target.ndim == 1 else step.target[rows[0]]
+                self._reveal_levels(rows.to(self.ids.device), int(start), int((target >= 0).sum()), codes)
+        for b in again.nonzero()[:, 0].tolist():
+            self._replay(b)  # a level drawn anew: its old codes must leave the sum
+
+    def _reveal_levels(self, rows: Tensor, start: int, count: int, codes: Tensor) -> None:
+        """Add the whole levels that `count` positions from `start` on cover, for `rows` of the batch."""
+        level, done = self.schedule.offsets.index(start), 0
+        while done < count:
             n = self.schedule.lengths[level]
-            codes = (
-                values["codes"][rows, :n]
-                if "codes" in values
-                else self.quantizer.lookup(values["ids"][rows, :n])
-            )
-            self._add(level, codes, None if len(rows) == self.batch else rows)
+            assert done + n <= count, "a step must reveal whole levels"
+            self._add(level, codes[rows, done : done + n], None if len(rows) == self.batch else rows)
+            level, done = level + 1, done + n
 
     def _add(self, level: int, codes: Tensor, rows: Tensor | None) -> None:
         """Add one level's codes to f_hat of `rows` (None: all), and fill in the next level's input."""
@@ -96,7 +109,7 @@ class PyramidCanvas(Canvas):
         return {"ids": self.ids}
 
     def fill(self, latents: dict[str, Tensor]) -> None:
-        self._tensors["ids"] = latents["ids"]
+        self._tensors["ids"] = latents["ids"].to(self.ids.device, copy=True)
         self._tensors["f_hat"] = torch.zeros_like(self.f_hat)
         for level in range(len(self.schedule)):
             a, b = self.schedule.offsets[level], self.schedule.offsets[level + 1]

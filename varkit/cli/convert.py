@@ -61,6 +61,4 @@ class Convert:
 
         import torch
 
-        from varkit.hub.published import cast
-
-        return cast(pipeline, getattr(torch, self.dtype))
+        return pipeline.to(getattr(torch, self.dtype))

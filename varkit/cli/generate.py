@@ -75,6 +75,7 @@ class Generate(Sampling):
         for target in targets:
             if target.is_dir():
                 raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
+        for target in {target.parent: target for target in targets}.values():  # once a folder: it is probed
             ensure_writable(target)
 
         from varkit.hub.pipeline import load
@@ -130,7 +131,9 @@ def read_prompts(file: Path) -> list[str | int]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{str(file)!r} is not a text in UTF-8 ({error.reason}); write one prompt a line") from error
+        raise UserError(
+            f"{str(file)!r} is not a text in UTF-8 ({error.reason}); write one prompt a line"
+        ) from error
     if "\0" in text:
         raise UserError(f"{str(file)!r} is not a text: it has zero bytes; write one prompt a line")
     found: list[str | int] = [line.strip() for line in text.splitlines() if line.strip()]

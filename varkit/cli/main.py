@@ -62,10 +62,11 @@ from varkit.errors import UserError, unknown_name
 
 COMMANDS: dict[str, str] = {
     "convert": "varkit.cli.convert:Convert",
-    "verify": "varkit.cli.verify:Verify",
     "edit": "varkit.cli.edit:Edit",
+    "evaluate": "varkit.cli.evaluate:Evaluate",
     "generate": "varkit.cli.generate:Generate",
     "train": "varkit.cli.train:Train",
+    "verify": "varkit.cli.verify:Verify",
     "version": "varkit.cli.version:Version",
 }
 

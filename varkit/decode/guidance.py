@@ -35,12 +35,12 @@ class Guidance:
         return self.scale == 1.0
 
     def __call__(self, branches: Tensor, progress: Tensor) -> Tensor:
-        """branches (R, B, ...), progress (B,) in [0, 1] -> (B, ...)."""
+        """branches (R, B, T, ...), progress (B, 1) or (B, T) in [0, 1] -> (B, T, ...)."""
         if branches.shape[0] == 1:
             return branches[0]
         conditional, null = branches[0], branches[1]
         if not self.ramp:
             return torch.lerp(null, conditional, self.scale)
         s = 1 + (self.scale - 1) * progress.to(branches.device, branches.dtype)
-        s = s.view(-1, *([1] * (conditional.ndim - 1)))
+        s = s.view(*s.shape, *([1] * (conditional.ndim - s.ndim)))
         return s * conditional + (1 - s) * null

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varkit.canvases.base import gather_positions
+from varkit.canvases.base import gather_positions, steps_of
 from varkit.decode.state import State
 from varkit.generators.base import Generator, branches_and_batch, rows
 from varkit.heads.base import Ask, Head
@@ -30,13 +30,18 @@ class Model:
     heads: Mapping[str, Head]
 
 
-@torch.no_grad()
 def advance(model: Model, state: State) -> State:
     """Take one step with every sample that is not finished. The state is advanced in place and returned."""
     step = model.plan.next_step(state)
     if step is None:
         state.finished = torch.ones_like(state.finished)
         return state
+    return take(model, state, step)
+
+
+@torch.no_grad()
+def take(model: Model, state: State, step: Step) -> State:
+    """Take a given step: the plan's next, or several packed into one (a verification window, to be rolled back)."""
     fed = state.canvas.feed(step.feed)
     window = state.cache.open(step, state.cursor)
     h = model.generator(fed, step, state.prepared, window, state.options.ports)
@@ -74,15 +79,15 @@ def _read(h: Tensor, step: Step, state: State) -> Tensor:
 
 
 def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
-    at_targets = fed if step.reads_all else {k: gather_positions(v, step.read) for k, v in fed.items()}
+    at = steps_of(step, state.cursor)
     return Ask(
-        step,
-        state.draws,
-        state.cursor,
-        model.plan.progress(state),
-        state.options.combine,
-        state.options.pick,
-        at_targets,
+        step=step,
+        draws=state.draws,
+        at=at,
+        progress=model.plan.progress(at),
+        combine=state.options.combine,
+        pick=state.options.pick,
+        fed=fed if step.reads_all else {k: gather_positions(v, step.read) for k, v in fed.items()},
     )
 
 
@@ -90,7 +95,7 @@ def _count(state: State, step: Step) -> None:
     moved = ~state.finished
     if step.feed.ids.ndim == 2:
         moved = moved & (step.feed.ids >= 0).any(dim=1)
-    state.cursor = state.cursor + moved
+    state.cursor = state.cursor + moved * step.turns
     state.evaluations = state.evaluations + moved
     committed = (step.reveal & (step.target >= 0)).expand(state.batch, -1).sum(dim=1)
     state.tokens = state.tokens + committed * moved

@@ -27,7 +27,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(
-                f"temperature {self.temperature} is not a number from 0 up; use 0 (arg-max) or more; 1 is plain sampling"
+                f"temperature {self.temperature} is not a number from 0 up; use 0 (arg-max) or e.g. 1"
             )
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is below 0; use 0 (keep all) or a count of codes to keep")
@@ -92,8 +92,10 @@ class SmoothSampler:
 
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
         """logits (B, T, V) -> ids (B, T) and codes (B, T, D)."""
-        gumbel = ask.draws.gumbel("smooth", ask.at, ask.step.target, logits.shape[-1]).to(logits.device)
-        r = ask.progress.to(logits.device)[:, None, None]
+        gumbel = ask.draws.gumbel("smooth", ask.at, ask.step.target.clamp(min=0), logits.shape[-1]).to(
+            logits.device
+        )
+        r = ask.progress.to(logits.device)[..., None]
         tau = (0.27 * (1 - 0.95 * r)).clamp(min=0.005)
         weights = ((self.sampler.filtered(logits) * (1 + r) + gumbel) / tau).softmax(dim=-1)
         return {**self.sampler(logits, ask), "codes": weights @ self.codebook}

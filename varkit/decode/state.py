@@ -40,6 +40,8 @@ class State:
 
     prepared: the generator's condition, each tensor (R, B, ...). evaluations, tokens: what the run has cost so far,
     (B,) each (network evaluations that moved the sample, and positions committed).
+    extras: what a caller's override or port needs of each sample, each tensor (B, ...); selected, merged and saved with
+    the samples.
     """
 
     canvas: Canvas
@@ -51,6 +53,7 @@ class State:
     evaluations: Tensor
     tokens: Tensor
     options: Options = field(default_factory=Options)
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -80,7 +83,7 @@ class State:
         """Samples re-ordered, dropped or repeated; copies share nothing and keep their streams (`fork` renews
         those).
         """
-        index = torch.as_tensor(list(ids))
+        index = torch.as_tensor(list(ids), dtype=torch.int64)
         return replace(
             self,
             canvas=self.canvas.select(ids),
@@ -91,6 +94,7 @@ class State:
             finished=self.finished[index],
             evaluations=self.evaluations[index],
             tokens=self.tokens[index],
+            extras={k: v[index.to(v.device)] for k, v in self.extras.items()},
         )
 
     def fork(self, ids: Sequence[int]) -> "State":
@@ -107,6 +111,7 @@ class State:
     def concat(states: Sequence["State"]) -> "State":
         """Samples of several runs (same model and options), one after the other, each at its own step."""
         first = states[0]
+        assert all(s.options == first.options for s in states), "runs with different options cannot be merged"
         return replace(
             first,
             canvas=type(first.canvas).concat([s.canvas for s in states]),
@@ -117,6 +122,7 @@ class State:
             finished=torch.cat([s.finished for s in states]),
             evaluations=torch.cat([s.evaluations for s in states]),
             tokens=torch.cat([s.tokens for s in states]),
+            extras={k: torch.cat([s.extras[k] for s in states]) for k in first.extras},
         )
 
     def rollback(self, lengths: Tensor) -> None:
@@ -135,19 +141,22 @@ class State:
             **{f"canvas.{k}": v for k, v in self.canvas.tensors().items()},
             **{f"cache.{k}": v for k, v in self.cache.tensors().items()},
             **{f"prepared.{k}": v for k, v in self.prepared.items()},
+            **{f"extras.{k}": v for k, v in self.extras.items()},
             **own,
             "draws": torch.frombuffer(bytearray(text), dtype=torch.uint8),
         }
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "State":
-        """A state of the same model and options from `tensors()`; this state's own contents are not used."""
+        """A state of the same model and options from `tensors()` (copied); this state's own contents are not used."""
+        tensors = {k: v.clone() for k, v in tensors.items()}
 
         def part(name: str) -> dict[str, Tensor]:
             return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
 
-        self.cache.load(part("cache"))
         return replace(
             self,
+            cache=self.cache.with_tensors(part("cache")),
+            extras=part("extras"),
             canvas=self.canvas.with_tensors(part("canvas")),
             prepared=part("prepared"),
             draws=Draws.from_json(json.loads(bytes(tensors["draws"].tolist()))),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from varkit.canvases.base import gather_positions
 from varkit.decode.loop import run
 from varkit.decode.state import Override, State
 from varkit.errors import UserError
@@ -31,9 +32,10 @@ ALWAYS_KEPT = 3
 def keep_masks(redraw: Tensor, schedule: Schedule) -> Tensor:
     """Where tokens are kept at every scale: redraw (H, W) in [0, 1], 1 = draw anew -> (L,) bool.
 
-    Bilinear resizing and a threshold of one half, as published.
+    A position of the finest grid is redrawn when any of its pixels is; coarser scales follow by bilinear resizing and a
+    threshold of one half, as published.
     """
-    keep = (1 - redraw.float())[None, None]
+    keep = 1 - F.adaptive_max_pool2d(redraw.float()[None, None], schedule.last)
     levels = []
     for (h, w), n in zip(schedule.sides, schedule.lengths, strict=True):
         if n <= ALWAYS_KEPT:
@@ -43,13 +45,14 @@ def keep_masks(redraw: Tensor, schedule: Schedule) -> Tensor:
     return torch.cat(levels)
 
 
-def keeping(ids: Tensor, keep: Tensor, codebook: Tensor) -> Override:
-    """An override that puts the true ids (B, L) in place of sampled ones where keep (L,) is True."""
+def keeping(codebook: Tensor) -> Override:
+    """An override that puts the true ids in place of sampled ones where they are kept.
+
+    Both travel in the state's extras: `true_ids` (B, L) int64 and `keep` (B, L) bool. codebook (V, D).
+    """
 
     def override(step: Step, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
-        position = step.target.clamp(min=0)
-        true = ids[:, position] if position.ndim == 1 else ids.gather(1, position)
-        held = keep[position].to(ids.device)
+        true, held = (gather_positions(state.extras[name], step.target) for name in ("true_ids", "keep"))
         mixed = {**values, "ids": torch.where(held, true, values["ids"])}
         if "codes" in values:
             mixed["codes"] = torch.where(held[..., None], codebook[true], values["codes"])
@@ -90,8 +93,8 @@ def inpaint(
     keep = keep_masks(torch.from_numpy(redraw), schedule)
     chosen = replace(pipeline.settings, **settings)
     state = _start(pipeline, prompt, n, seed, chosen)
-    override = keeping(ids.expand(n, -1), keep, tokenizer.quantizer.codebook)
-    state.options = replace(state.options, override=override)
+    state.options = replace(state.options, override=keeping(tokenizer.quantizer.codebook))
+    state.extras = {"true_ids": ids.repeat(n, 1), "keep": keep.to(ids.device).repeat(n, 1)}
     return to_pil(run(pipeline.model, state).canvas.preview())
 
 

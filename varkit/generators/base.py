@@ -53,6 +53,11 @@ def branches_and_batch(prepared: Mapping[str, Tensor]) -> tuple[int, int]:
     return first.shape[0], first.shape[1]
 
 
+def per_row(t: Tensor, shared_rank: int, branches: int) -> Tensor:
+    """A plan's tensor for each row: repeated over branches if it is per sample, as it is if all samples share it."""
+    return t if t.ndim == shared_rank else rows(t, branches)
+
+
 def rows(x: Tensor, branches: int) -> Tensor:
     """Per-sample (B, ...) -> per-row (R x B, ...), branch-major."""
     return x if branches == 1 else x.repeat(branches, *([1] * (x.ndim - 1)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.errors import UserError
-from varkit.generators.base import Condition, Generator, Prepared, rows
+from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig
 from varkit.nn.attention import Window
 from varkit.nn.llama import LlamaBlock, llama_hidden
@@ -84,38 +84,32 @@ class LlamaGen(Generator):
     ) -> Tensor:
         prefix = prepared["prefix"].flatten(0, 1)
         h = self.embed_dropout(self._embed(fed["ids"], step, prefix))
-        h = through(ports, "input", 0, h, step)
-        rotate = self._rotary(step, prefix.shape[0], fed["ids"].shape[0], h.device)
+        h = through(ports, "input", 0, h, step, prepared)
+        rotate = self._rotary(step, prefix.shape[0] // fed["ids"].shape[0], h.device)
         for layer, block in enumerate(self.blocks):
-            h = block(h, window, layer, rotate, port=port_at(ports, "attention", layer, step))
-            h = through(ports, "block", layer, h, step)
-        return through(ports, "output", 0, self.norm(h), step)
+            h = block(h, window, layer, rotate, port=port_at(ports, "attention", layer, step, prepared))
+            h = through(ports, "block", layer, h, step, prepared)
+        return through(ports, "output", 0, self.norm(h), step, prepared)
 
     def _embed(self, ids: Tensor, step: Step, prefix: Tensor) -> Tensor:
         """(B, L) -> (N, L, C): tokens shown, or the prefix (N, P, C) where nothing is."""
-        repeats = prefix.shape[0] // ids.shape[0]
-        h = rows(self.embed(ids), repeats)
-        blank = (step.feed.shows < 0).to(h.device)
-        if not bool(blank.any()):
+        branches = prefix.shape[0] // ids.shape[0]
+        h = rows(self.embed(ids), branches)
+        if not bool((step.feed.shows < 0).any()):
             return h
-        at = step.feed.ids.clamp(0, prefix.shape[1] - 1).to(h.device)
-        start = (
-            prefix[:, at] if at.ndim == 1 else prefix[torch.arange(len(prefix))[:, None], rows(at, repeats)]
-        )
-        blank = blank if blank.ndim == 1 else rows(blank, repeats)
+        blank = per_row(step.feed.shows < 0, 1, branches).to(h.device)
+        at = per_row(step.feed.ids.clamp(0, prefix.shape[1] - 1), 1, branches).to(h.device)
+        start = prefix[:, at] if at.ndim == 1 else prefix[torch.arange(len(prefix))[:, None], at]
         return torch.where(blank[..., None], start, h)
 
-    def _rotary(self, step: Step, n: int, batch: int, device: torch.device) -> Rotary:
-        angles = rotary_angles(step.feed.coords.to(device), self.width // self.config.heads)
-        blank = (step.feed.shows < 0).to(device) if self.config.zero_prefix else None
-        if angles.ndim == 3:
-            angles = rows(angles, n // batch)
-            blank = None if blank is None else rows(blank, n // batch)
-        return Rotary(angles, blank)
+    def _rotary(self, step: Step, branches: int, device: torch.device) -> Rotary:
+        coords = per_row(step.feed.coords, 2, branches).to(device)
+        blank = per_row(step.feed.shows < 0, 1, branches).to(device) if self.config.zero_prefix else None
+        return Rotary(rotary_angles(coords, self.width // self.config.heads), blank)
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Normal of std 0.02 for every matrix and table (the head starts at zero, see `CategoricalHead`)."""
+        """Normal of std 0.02 for every matrix and table; `CategoricalConfig(init_scale=0)` starts the head at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

@@ -5,6 +5,7 @@ Legend: N rows, T text length, C width.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,10 @@ class TextConfig:
         """Number of ids."""
         return FIRST + (256 if isinstance(self.vocabulary, str) else len(self.vocabulary))
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Prompts -> (B, T) int64, padded with 0 at the end.
+    def encode(self, prompts: list[str], tight: bool = False) -> Tensor:
+        """Prompts -> (B, T) int64, padded with 0 at the end; T is `length`, so that any two runs can be merged.
 
+        `tight` pads to the longest prompt instead, which makes training cheaper.
         Raises UserError for a word outside the vocabulary (naming the nearest) or a prompt that is too long.
         """
         rows = [[BEGIN, *self._ids(p)] for p in prompts]
@@ -53,7 +55,7 @@ class TextConfig:
                 raise UserError(
                     f"prompt {prompt[:60]!r} has {len(row) - 1} {unit}; this model reads at most {most}: shorten it"
                 )
-        out = torch.full((len(rows), max(map(len, rows))), PAD)
+        out = torch.full((len(rows), max(map(len, rows)) if tight else self.length), PAD)
         for i, row in enumerate(rows):
             out[i, : len(row)] = torch.tensor(row)
         return out
@@ -78,8 +80,20 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(config.size, config.width)
         self.position = nn.Parameter(torch.randn(config.length, config.width) * 0.02)
-        self.blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.depth))
+        blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.depth))
+        self.blocks: Sequence[TextBlock] = blocks  # type: ignore[assignment]
         self.norm = nn.LayerNorm(config.width)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Truncated normal of std sqrt(1 / 3C) by its own width; projections into the residual over sqrt(2 depth)."""
+        width = self.embed.weight.shape[1]
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=(1 / (3 * width)) ** 0.5)
+        for block in self.blocks:
+            block.attention.out.weight.div_((2 * len(self.blocks)) ** 0.5)
+            block.ffn.down.weight.div_((2 * len(self.blocks)) ** 0.5)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask = ids != PAD

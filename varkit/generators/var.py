@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.errors import UserError
-from varkit.generators.base import Condition, Generator, Prepared, rows
+from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, TextCondition
 from varkit.generators.text import TextConfig
 from varkit.nn.adaln import AdaLNBlock, BlockConfig, modulate
@@ -124,33 +124,30 @@ class VAR(Generator):
     ) -> Tensor:
         flat = {k: v.flatten(0, 1) for k, v in prepared.items()}
         h = self._embed(fed["vectors"], step, flat["start"])
-        h = through(ports, "input", 0, h, step)
+        h = through(ports, "input", 0, h, step, prepared)
         for layer, block in enumerate(self.blocks):
             memory = None
             if "memory_k" in flat:
                 memory = (flat["memory_k"][:, layer], flat["memory_v"][:, layer], flat["memory_mask"])
-            port = port_at(ports, "attention", layer, step)
+            port = port_at(ports, "attention", layer, step, prepared)
             h = block(h, flat["modulation"][:, layer], window, layer, memory, port=port)
-            h = through(ports, "block", layer, h, step)
+            h = through(ports, "block", layer, h, step, prepared)
         scale, shift = flat["final"].split(1, dim=1)
-        return through(ports, "output", 0, modulate(h, scale, shift, self.config.norm_eps), step)
+        return through(ports, "output", 0, modulate(h, scale, shift, self.config.norm_eps), step, prepared)
 
     def _embed(self, vectors: Tensor, step: Step, start: Tensor) -> Tensor:
         """(B, L, D) -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
-        repeats, device = start.shape[0] // vectors.shape[0], self.position.device
+        branches, device = start.shape[0] // vectors.shape[0], self.position.device
+        starts = bool((step.feed.shows < 0).any())
         ids, level, shows = (
-            t.to(device) for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
+            per_row(t, 1, branches).to(device)
+            for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
         )
-
-        def per_row(t: Tensor) -> Tensor:
-            """What is given for each sample, for each row; what is shared by all, as it is."""
-            return rows(t, repeats) if step.feed.ids.ndim == 2 else t
-
-        h = rows(self.embed(vectors.to(self.embed.weight.dtype)), repeats)
-        if bool((shows < 0).any()):
-            first = start[:, None] + per_row(self.start[ids.clamp(max=len(self.start) - 1)])
-            h = torch.where(per_row(shows < 0)[..., None], first, h)
-        return h + per_row(self.position[ids] + self.level(level))
+        h = rows(self.embed(vectors.to(self.embed.weight.dtype)), branches)
+        if starts:
+            first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]
+            h = torch.where((shows < 0)[..., None], first, h)
+        return h + (self.position[ids] + self.level(level))
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -165,6 +162,8 @@ class VAR(Generator):
                 nn.init.trunc_normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if isinstance(self.conditioner, TextCondition):
+            self.conditioner.encoder.initialise()
         for table in (self.start, self.position):
             nn.init.trunc_normal_(table, std=std)
         self.final_modulation.weight.mul_(0.5)

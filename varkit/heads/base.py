@@ -15,16 +15,17 @@ from varkit.draws import Draws
 from varkit.plans.step import Step
 
 Combine = Callable[[Tensor, Tensor], Tensor]
-"""Guidance: branches (R, B, ...), progress (B,) in [0, 1] -> (B, ...)."""
+"""Guidance: branches (R, B, T, ...), progress (B, 1) or (B, T) in [0, 1] -> (B, T, ...)."""
 
 
 @dataclass(frozen=True)
 class Ask:
     """What is asked of a head at one step of decoding.
 
-    draws: the samples' random streams. at: (B,) cursors. progress: (B,) in [0, 1], 0 at the first step, 1 at the last.
-    combine: guidance. pick: the sampler of a discrete head (logits -> values by name). fed: values that entered at
-    the slots read, (B, T, ...), for heads that refine what was fed (a flow over the backbone).
+    draws: the samples' random streams. at: the decoding step each target belongs to, (B, 1), or (B, T) in a pack.
+    progress: of the same shape, 0 at the first step, 1 at the last. combine: guidance. pick: the sampler of a discrete
+    head (logits -> values by name). fed: values that entered at the slots read, (B, T, ...), for heads that refine what
+    was fed (a flow over the backbone).
     """
 
     step: Step

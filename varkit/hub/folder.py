@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from varkit import __version__
@@ -42,10 +43,11 @@ def save_parts(
     parts: Mapping[str, tuple[Any, Any]],
     rest: Mapping[str, Any] | None = None,
     replace: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write {name: (module or plan, config)} and the caller's `rest` (JSON values) as one folder, atomically.
 
-    A folder that has files is refused unless `replace`.
+    Floating-point weights are written as `dtype`, or as they are. A folder that has files is refused unless `replace`.
     """
     rest = dict(rest or {})
     assert not set(rest) & set(_OURS), f"{_OURS} are the folder's own"
@@ -56,7 +58,10 @@ def save_parts(
     with atomic_folder(folder, replace=replace) as building:
         for name, (built, _) in parts.items():
             if isinstance(built, nn.Module):
-                write_safetensors(building / f"{name}.safetensors", built.state_dict())
+                state = built.state_dict()
+                if dtype is not None:
+                    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+                write_safetensors(building / f"{name}.safetensors", state)
         write_json(building / CONFIG, whole)
 
 

@@ -55,7 +55,7 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
         hidden=state["layers.0.feed_forward.w1.weight"].shape[0],
         zero_prefix=True,
     )
-    return config, CategoricalConfig(width, vocab_size, bias=False)
+    return config, CategoricalConfig(width, vocab_size, bias=False, init_scale=0.0)
 
 
 def generator_from_published(state: Mapping[str, Tensor], configs: Configs) -> tuple[State, State]:

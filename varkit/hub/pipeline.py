@@ -33,6 +33,7 @@ from varkit.pictures import to_pil
 Prompt = str | int
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 DEFAULT_BATCH = 8
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Pipeline:
         if isinstance(self.condition, ClassConfig):
             like = {"label": torch.zeros(1, batch, dtype=torch.int64, device=self.device)}
         else:
-            like = {"text": torch.ones(1, batch, 1, dtype=torch.int64, device=self.device)}
+            like = {"text": self.condition.encode([""] * batch)[None].to(self.device)}
         return self.generator.conditioner.null(like)
 
     def start(
@@ -215,12 +216,17 @@ class Pipeline:
     def _preview(self, state: State) -> Tensor:
         return state.canvas.preview()
 
-    def save(self, folder: StrPath, replace: bool = False) -> None:
-        """Write config.json and one safetensors file a part, atomically; a folder with files is refused unless
-        `replace`.
+    def save(self, folder: StrPath, replace: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and one safetensors file a part, atomically.
+
+        `dtype` stores the weights smaller; loading brings them back to the dtype that this pipeline computes in. A
+        folder with files is refused unless `replace`.
         """
         parts = {name: (built, self.configs[name]) for name, built in self.parts.items()}
-        save_parts(folder, parts, {"defaults": to_json(self.settings), "about": self.about}, replace=replace)
+        rest: dict[str, Any] = {"defaults": to_json(self.settings), "about": self.about}
+        if dtype is not None:
+            rest["compute_dtype"] = str(next(self.generator.parameters()).dtype).removeprefix("torch.")
+        save_parts(folder, parts, rest, replace, dtype)
 
     @classmethod
     def from_folder(cls, folder: StrPath) -> "Pipeline":
@@ -232,7 +238,15 @@ class Pipeline:
                 f"{str(Path(folder) / CONFIG)!r} lacks the parts {', '.join(sorted(missing))}; it is not a whole model"
             )
         settings = from_json(loaded.rest.get("defaults", {}), Settings, "defaults")
-        return cls(loaded.built, loaded.configs, settings, loaded.rest.get("about"))
+        pipeline = cls(loaded.built, loaded.configs, settings, loaded.rest.get("about"))
+        compute = loaded.rest.get("compute_dtype")
+        if compute is None:
+            return pipeline
+        if compute not in COMPUTE_DTYPES:
+            raise unknown_name(
+                "compute_dtype", str(compute), COMPUTE_DTYPES, f"(in {str(Path(folder) / CONFIG)!r})"
+            )
+        return pipeline.to(COMPUTE_DTYPES[compute])
 
     @classmethod
     def from_pretrained(cls, name: str, revision: str | None = None) -> "Pipeline":

@@ -89,18 +89,6 @@ def save_published(pipeline: Pipeline, folder: StrPath) -> list[Path]:
     return [Path(folder) / name for name in files]
 
 
-def cast(pipeline: Pipeline, dtype: torch.dtype) -> Pipeline:
-    """Convert all weights but the quantizer's, which computes in float32 whatever surrounds it."""
-    modules = [part for part in pipeline.parts.values() if isinstance(part, nn.Module)]
-    for module in modules:
-        for child_name, child in module.named_children():
-            if child_name != "quantizer":
-                child.to(dtype)
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
-    return pipeline
-
-
 def _read_states(paths: Sequence[StrPath]) -> dict[str, State]:
     states: dict[str, State] = {}
     origin: dict[str, StrPath] = {}

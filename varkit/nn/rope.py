@@ -28,7 +28,7 @@ class Rotary:
         if blank is not None:
             self.cos = self.cos.masked_fill(blank[..., None], 0.0)
             self.sin = self.sin.masked_fill(blank[..., None], 0.0)
-        if angles.ndim == 3:  # per sample: broadcast over heads
+        if self.cos.ndim == 3:  # per sample: broadcast over heads
             self.cos, self.sin = self.cos[:, None], self.sin[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:

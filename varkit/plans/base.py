@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from varkit.plans.step import Step, collate, pack
+from varkit.plans.join import collate, pack
+from varkit.plans.step import Step
 
 if TYPE_CHECKING:
     from varkit.decode.state import State
@@ -35,9 +36,9 @@ class Plan(ABC):
     def finished(self, state: "State") -> Tensor:
         """(B,) bool: samples for which no step is left."""
 
-    def progress(self, state: "State") -> Tensor:
-        """(B,) float in [0, 1] of the step about to be taken, for schedules of guidance and temperature."""
-        return torch.zeros(len(state.cursor))
+    def progress(self, at: Tensor) -> Tensor:
+        """Steps taken before (any shape, int64) -> how far along, in [0, 1], for schedules of guidance and the like."""
+        return torch.zeros(at.shape)
 
 
 class StaticPlan(Plan):
@@ -66,8 +67,8 @@ class StaticPlan(Plan):
     def finished(self, state: "State") -> Tensor:
         return state.cursor >= len(self.steps)
 
-    def progress(self, state: "State") -> Tensor:
-        return state.cursor.clamp(max=len(self.steps) - 1) / max(1, len(self.steps) - 1)
+    def progress(self, at: Tensor) -> Tensor:
+        return at.clamp(max=len(self.steps) - 1) / max(1, len(self.steps) - 1)
 
     def training_step(self, first: int | None = None) -> Step:
         """All steps (or the first few) as one packed step: the training sequence with its mask."""

@@ -79,6 +79,15 @@ class MultiScaleQuantizer(nn.Module):
         channels = codebook.weight.shape[1]
         self.phis = nn.ModuleList(Phi(channels, phi_ratio) for _ in range(phis))
 
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Moves and casts as any module does, but never below float32: codes rounded to bfloat16 are other codes."""
+
+        def at_least_float32(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.is_floating_point() and moved.element_size() < 4 else moved
+
+        return super()._apply(at_least_float32, recurse)
+
     @property
     def codebook(self) -> Tensor:
         """The codes as they are used, (V, D) float32."""

@@ -65,5 +65,9 @@ class VQ(QuantizedTokenizer):
         schedule = schedule or self.schedule
         fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"ids": ((), torch.int64)}
         return GridCanvas.empty(
-            batch, schedule.total, fields, show=lambda latents: self.decode(latents, schedule)
+            batch,
+            schedule.total,
+            fields,
+            show=lambda latents: self.decode(latents, schedule),
+            device=self.quantizer.codebook.device,
         )

@@ -81,7 +81,7 @@ class NextStepTask(Task):
         config = self.objective.generator.config.condition  # type: ignore[union-attr]
         if isinstance(config, TextConfig):
             assert tokens.captions is not None, "a text model is trained on captioned pictures"
-            return ids, {"text": config.encode([tokens.captions[i] for i in rows])}
+            return ids, {"text": config.encode([tokens.captions[i] for i in rows], tight=True)}
         assert isinstance(config, ClassConfig)
         labels = np.zeros(len(rows), np.int64) if tokens.labels is None else tokens.labels[rows]
         return ids, {"label": torch.from_numpy(labels)}

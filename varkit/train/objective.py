@@ -4,6 +4,7 @@ The training inputs are what a canvas filled with true latents feeds at the pack
 decoding feeds. Legend: B batch, L slots, T targets, K levels.
 """
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -60,13 +61,15 @@ class NextStepLoss(nn.Module):
 
 
 class Progressive:
-    """VAR's progressive training: scales join one by one (`first` at the start, all at `fraction` of the run).
+    """VAR's progressive training: scales join one by one, and the newest scale's loss is ramped from 0.01 to 1.
 
-    The newest scale's loss is ramped from 0.01 to 1 over `ramp` steps; (number of levels, weight of the newest).
+    first: active scales until the warm-up ends (the published index pg0 = 4 is five scales); from there their number
+    grows linearly, rounded, to all at step `fraction` x steps. ramp: steps for which a scale is new; the scales active
+    from the start are not.
     """
 
     def __init__(
-        self, levels: int, steps: int, first: int = 4, fraction: float = 0.8, warmup: int = 0, ramp: int = 1
+        self, levels: int, steps: int, first: int = 5, fraction: float = 0.8, warmup: int = 0, ramp: int = 1
     ) -> None:
         self.levels, self.first, self.warmup, self.ramp = levels, min(first, levels), warmup, max(1, ramp)
         self.end = max(warmup + 1, round(fraction * steps))
@@ -80,14 +83,16 @@ class Progressive:
 
     def at(self, step: int) -> tuple[int, float]:
         """Active levels and the weight of the newest at a training step."""
-        stages = self.levels - self.first
-        if stages == 0 or step >= self.end:
-            return self.levels, 1.0
+        levels = self._levels(step)
+        if levels == self.first:
+            return levels, 1.0
+        joined = self.warmup + (levels - self.first - 0.5) / (self.levels - self.first) * (
+            self.end - self.warmup
+        )
+        return levels, min(1.0, max(0.01, (step - joined) / self.ramp))
+
+    def _levels(self, step: int) -> int:
         if step < self.warmup:
-            return self.first, 1.0
-        length = (self.end - self.warmup) / (stages + 1)
-        stage = min(stages, int((step - self.warmup) / length))
-        if stage == 0:
-            return self.first, 1.0
-        into = step - self.warmup - stage * length
-        return self.first + stage, min(1.0, 0.01 + 0.99 * into / self.ramp)
+            return self.first
+        part = min(1.0, (step - self.warmup) / (self.end - self.warmup))
+        return self.first + math.floor(part * (self.levels - self.first) + 0.5)

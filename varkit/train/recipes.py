@@ -6,6 +6,7 @@ Sizes were chosen by measurement on two cores; `docs/log.md` tells what else was
 from dataclasses import dataclass, field, replace
 
 from varkit.data.base import Dataset
+from varkit.data.folder import ImageFolder
 from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
 from varkit.generators.conditioning import ClassConfig
@@ -21,13 +22,17 @@ from varkit.train.tokenizer_loss import TokenizerLossConfig
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """How the tokenizer is built and trained. share: part of `--minutes` that it gets."""
+    """How the tokenizer is built and trained. share: part of `--minutes` that it gets.
+
+    decoder: how its decoder goes on alone afterwards, for the squared error; with `--minutes`, a fifth of the share.
+    """
 
     config: MultiScaleVQConfig
     train: TrainConfig
     loss: TokenizerLossConfig = TokenizerLossConfig()
     batch_size: int = 32
     share: float = 0.35
+    decoder: TrainConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Recipe:
     prompts: tuple[str | int, ...] = field(default=())
 
 
+LONGEST_CAPTION = 511
 PYRAMID_8 = (1, 2, 3, 4, 6, 8)
 
 
@@ -87,6 +93,7 @@ def scenes() -> Recipe:
             tokenizer,
             TrainConfig(steps=5500, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
             batch_size=16,
+            decoder=TrainConfig(steps=3000, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
         ),
         GeneratorRecipe(
             generator,
@@ -148,7 +155,7 @@ def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
         train=TrainConfig(minutes=10, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
     )
     if probe.captions is not None:
-        condition: ClassConfig | TextConfig = TextConfig(length=128)
+        condition: ClassConfig | TextConfig = TextConfig(length=_text_length(dataset))
     else:
         names = tuple(dataset.class_names or ("all",))
         condition = ClassConfig(len(names), names)
@@ -169,6 +176,20 @@ def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
     else:
         prompts = tuple(i % condition.classes for i in range(8))
     return Recipe("folder", spec, tokenizer, generator, prompts)
+
+
+def _text_length(dataset: Dataset) -> int:
+    """Bytes of the longest caption, and the token that begins it; some room for prompts where captions are short."""
+    entries = dataset.entries if isinstance(dataset, ImageFolder) else []
+    sizes = {entry.name: len(entry.caption.encode()) for entry in entries}
+    longest = max(sizes, key=sizes.__getitem__, default="")
+    size = sizes.get(longest, 0)
+    if size > LONGEST_CAPTION:
+        raise UserError(
+            f"the caption of {longest!r} has {size} bytes; a model made from a folder reads at most "
+            f"{LONGEST_CAPTION}: shorten it"
+        )
+    return max(128, size + 1)
 
 
 RECIPES = {"scenes": scenes, "digits": digits}

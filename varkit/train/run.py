@@ -1,6 +1,6 @@
 """`varkit train`: tokenizer first, then the generator over its tokens, then a folder that `varkit.load` takes as it is.
 
-RUN/request.json   what was asked for          RUN/tokenizer/, RUN/generator/   the trainer's folders
+RUN/request.json   what was asked for          RUN/tokenizer/, RUN/decoder/, RUN/generator/   the trainer's folders
 RUN/tokens/        pictures encoded once       RUN/model/                       the finished pipeline
 """
 
@@ -29,7 +29,7 @@ from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.objective import Progressive
 from varkit.train.recipes import Recipe
 from varkit.train.task import TrainConfig
-from varkit.train.tokenizer_task import ReconstructionTask
+from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens, encode
 
 Say = Callable[[str], None]
@@ -108,7 +108,7 @@ def train_recipe(
 
 
 def check_run(out: StrPath, request: Request, resume: bool) -> None:
-    """Raise `UserError` unless the folder `out` can be begun with, or, with `resume`, was begun with the same request."""
+    """Raise `UserError` unless `out` is new or empty, or, with `resume`, was begun with the same request."""
     root = Path(out)
     if resume:
         before = _begun_with(root)
@@ -158,8 +158,16 @@ def _train_tokenizer(
     }
     task = ReconstructionTask(tokenizer, dataset, part.loss, part.batch_size, settings, request.seed)
     say("training the tokenizer")
-    _stage(task, request.apply(part.train, share), root / "tokenizer")
+    decoder_share = 0.2 * share if part.decoder is not None else 0.0
+    _stage(task, request.apply(part.train, share - decoder_share), root / "tokenizer")
     tokenizer.load_state_dict(load_run(root / "tokenizer")["tokenizer"])
+    if part.decoder is not None:
+        say("training its decoder further")
+        polish = DecoderTask(tokenizer, dataset, part.batch_size, settings, request.seed)
+        _stage(polish, request.apply(part.decoder, decoder_share), root / "decoder")
+        averaged = load_run(root / "decoder")
+        tokenizer.decoder.load_state_dict(averaged["decoder"])
+        tokenizer.post_quant_conv.load_state_dict(averaged["post_quant_conv"])
     return tokenizer
 
 
@@ -181,8 +189,6 @@ def _train_generator(
     plan_config = ScalesConfig(tokenizer.config.schedule)
     torch.manual_seed(request.seed + 1)
     generator, head, plan = config.build(), head_config.build(), plan_config.build()
-    with torch.no_grad():
-        head.out.weight.mul_(0.02)
     configs: dict[str, Any] = {
         "tokenizer": tokenizer.config,
         "generator": config,
@@ -218,7 +224,9 @@ def _with_steps(task: NextStepTask, config: TrainConfig, folder: Path) -> TrainC
     if config.steps is not None:
         return config
     begun = (folder / "config.json").exists()
-    return replace(config, steps=recorded_steps(folder) if begun else steps_for(config.minutes or 0.0, task, config))
+    return replace(
+        config, steps=recorded_steps(folder) if begun else steps_for(config.minutes or 0.0, task, config)
+    )
 
 
 def _stage(task: Any, config: TrainConfig, folder: Path) -> Result:

@@ -2,8 +2,11 @@
 critic.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -81,12 +84,12 @@ class ReconstructionTask(Task):
             "revived": float(self.keeper.update(self._outputs["residuals"], self._outputs["ids"], generator))
         }
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the modules."""
         return self.keeper.state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""
         self.keeper.load_state_dict(state)
 
     @torch.no_grad()
@@ -120,3 +123,47 @@ class ReconstructionTask(Task):
         for start in range(0, count, 32):
             rows = list(range(start, min(count, start + 32)))
             yield to_tensor(source.batch(rows, self.side).images)
+
+
+class DecoderTask(ReconstructionTask):
+    """Go on with the decoder alone, for the squared error that PSNR measures; encoder and codes (so every token) stay.
+
+    It only needs the codes that were found, so a step costs half of a full one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: QuantizedTokenizer,
+        dataset: Dataset,
+        batch_size: int,
+        recipe: dict[str, Any],
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer, self.batch_size, self.seed, self.recipe = tokenizer, batch_size, seed, recipe
+        self.train, self.held_out = dataset.split("train"), dataset.split("validation")
+        self.modules = {"decoder": tokenizer.decoder, "post_quant_conv": tokenizer.post_quant_conv}
+        self.phases = (Phase("decoder", ("decoder", "post_quant_conv")),)
+
+    def loss(self, phase: str, batch: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Mean squared error of the reconstruction, not clamped."""
+        with torch.no_grad():
+            f_hat = self.tokenizer.quantizer.features(
+                self.tokenizer.encode(batch)["ids"], self.tokenizer.schedule
+            )
+        loss = F.mse_loss(self.tokenizer.reconstruct(f_hat), batch)
+        return loss, {"psnr": psnr(loss.item())}
+
+    def keeps_float32(self, name: str) -> bool:
+        """Nothing does."""
+        return False
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """No code moves."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing beside the modules."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""

@@ -46,5 +46,5 @@ class Cache(ABC):
         """Everything as named tensors, for saving."""
 
     @abstractmethod
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `tensors`."""
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "Cache":
+        """A cache of the same kind holding what `tensors` gave."""

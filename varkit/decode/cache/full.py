@@ -81,7 +81,7 @@ class FullCache(Cache):
         self._recount()
 
     def select(self, ids: Sequence[int]) -> "FullCache":
-        index = torch.as_tensor(ids)
+        index = torch.as_tensor(ids, dtype=torch.int64)
         out = FullCache(len(index), self.branches, self.slots)
         out.written_at = self.written_at[index]
         for layer, pair in self.layers.items():
@@ -113,11 +113,13 @@ class FullCache(Cache):
             named[f"{layer}.k"], named[f"{layer}.v"] = k, v
         return named
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.written_at = tensors["written_at"]
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "FullCache":
+        out = FullCache(len(tensors["written_at"]), self.branches, self.slots)
+        out.written_at = tensors["written_at"]
         numbers = {int(name.split(".")[0]) for name in tensors if name != "written_at"}
-        self.layers = {n: (tensors[f"{n}.k"], tensors[f"{n}.v"]) for n in sorted(numbers)}
-        self._recount()
+        out.layers = {n: (tensors[f"{n}.k"], tensors[f"{n}.v"]) for n in sorted(numbers)}
+        out._recount()
+        return out
 
     def _branchwise(self, layer: int, which: int, size: int, parts: Sequence["FullCache"]) -> Tensor:
         """One layer's keys (0) or values (1) as (R, B, H, S, E); zeros where nothing was ever written."""
@@ -159,7 +161,9 @@ class FullCache(Cache):
     def _stamp(self, ids: Tensor) -> None:
         wanted = ids.expand(self.batch, -1)
         rows, columns = (wanted >= 0).nonzero(as_tuple=True)
-        self.written_at[rows, wanted[rows, columns]] = self._at[rows]
+        turn = self._step.feed.turn if self._step is not None else None
+        turns = 0 if turn is None else turn.expand_as(wanted)[rows, columns]
+        self.written_at[rows, wanted[rows, columns]] = self._at[rows] + turns
         span = self._step.feed.span if self._step is not None else None
         if span is not None and span[0] == self._filled:
             self._filled = span[1]

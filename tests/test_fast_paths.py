@@ -1,0 +1,101 @@
+"""Kernels of the library against their slow twins: attention's backward, losses by parts, cosine norms, the linear."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from varkit.heads import categorical
+from varkit.heads.categorical import CategoricalHead
+from varkit.nn.attention import CosineNorm, View, attend
+from varkit.nn.linear import convolution_linear
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("shape", [None, (5, 7), (2, 1, 5, 7), (2, 1, 1, 7)])
+@pytest.mark.parametrize("scale", [1.0, None])
+def test_attention_has_the_stock_kernels_values_and_better_gradients(shape, scale) -> None:
+    torch.manual_seed(0)
+    mask = None if shape is None else torch.rand(shape) < 0.6
+    if mask is not None:
+        mask[..., 0] = True
+    inputs = [torch.randn(2, 3, n, 8).bfloat16() for n in (5, 7, 7)]
+    outer = torch.randn(2, 3, 5, 8).bfloat16()
+
+    def gradients(function, dtype):
+        own = [x.to(dtype).requires_grad_() for x in inputs]
+        out = function(*own)
+        return out, torch.autograd.grad(out, own, outer.to(dtype))
+
+    def stock(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    out, ours = gradients(lambda q, k, v: attend(q, [View(k, v, mask)], scale), torch.bfloat16)
+    twin, theirs = gradients(stock, torch.bfloat16)
+    _, exact = gradients(stock, torch.float64)
+    assert torch.equal(out, twin)
+    for own, other, true in zip(ours, theirs, exact, strict=True):
+        assert relative(own, true) < max(0.01, 1.5 * relative(other, true))
+
+
+def test_a_query_that_sees_nothing_has_no_gradient() -> None:
+    q, k, v = (torch.randn(1, 1, 4, 8).bfloat16().requires_grad_() for _ in range(3))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[2] = False
+    attend(q, [View(k, v, mask)]).nansum().backward()
+    assert q.grad is not None and k.grad is not None
+    assert q.grad.isfinite().all() and k.grad.isfinite().all() and not q.grad[0, 0, 2].any()
+
+
+def test_decoding_sees_the_same_attention_as_training() -> None:
+    q, k, v = (torch.randn(2, 2, 6, 8).bfloat16().requires_grad_() for _ in range(3))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    training = attend(q, [View(k, v, mask)])
+    with torch.no_grad():
+        assert torch.equal(training, attend(q, [View(k, v, mask)]))
+
+
+def test_losses_by_parts_are_the_loss_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(categorical, "ROWS", 7)
+    torch.manual_seed(0)
+    head = CategoricalHead(8, 11).double()
+    h = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, 11, (3, 5))
+    whole = F.cross_entropy(head.logits(h).float().flatten(0, 1), ids.flatten(), reduction="none").view(3, 5)
+    assert torch.allclose(head.log_prob(h, ids), -whole, atol=1e-6)
+    (ours,) = torch.autograd.grad(head.loss(h, {"ids": ids}).sum(), h)
+    (theirs,) = torch.autograd.grad(whole.sum(), h)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_cosine_norm_is_normalisation_and_takes_zeros() -> None:
+    norm = CosineNorm(3)
+    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    k[0, 0, 0] = 0
+    q, k = q.requires_grad_(), k.requires_grad_()
+    scaled, unit = norm(q, k)
+    assert torch.allclose(scaled, 4 * F.normalize(q, dim=-1), atol=1e-6)
+    assert torch.allclose(unit, F.normalize(k, dim=-1), atol=1e-6)
+    (scaled.sum() + unit.square().sum()).backward()
+    assert q.grad is not None and k.grad is not None
+    assert q.grad.isfinite().all() and k.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_convolution_is_the_linear_at_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, weight, bias = torch.randn(4, 33, 16), torch.randn(24, 16), torch.randn(24)
+        inputs = [t.requires_grad_() for t in (x, weight, bias)]
+        ours, theirs = convolution_linear(*inputs), F.linear(*inputs)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        outer = torch.randn_like(ours)
+        pairs = zip(
+            torch.autograd.grad(ours, inputs, outer), torch.autograd.grad(theirs, inputs, outer), strict=True
+        )
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,38 @@
+"""Pictures to judge: picture i depends on (model, settings, prompts, seed, i) alone, bit for bit on one machine.
+
+The trick: batches have one fixed size and whole batches are drawn, since sums round differently at other batch shapes;
+a suite makes its list of prompts longer than needed rather than the last batch shorter.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from varkit.decode.loop import run
+from varkit.hub.pipeline import Pipeline, Prompt, Settings
+from varkit.pictures import to_array
+
+BATCH = 16
+
+
+def padded(n: int) -> int:
+    """The smallest multiple of `BATCH` that is at least n."""
+    return -(-n // BATCH) * BATCH
+
+
+def draw(
+    pipeline: Pipeline, prompts: Sequence[Prompt], seed: int = 0, settings: Settings | None = None
+) -> Iterator[np.ndarray]:
+    """One picture (H, W, 3) uint8 for each prompt, of which there must be a multiple of `BATCH`."""
+    assert len(prompts) % BATCH == 0, f"{len(prompts)} prompts do not fill batches of {BATCH}"
+    for start in range(0, len(prompts), BATCH):
+        yield from _batch(pipeline, prompts[start : start + BATCH], seed, start, settings)
+
+
+@torch.no_grad()
+def _batch(
+    pipeline: Pipeline, prompts: Sequence[Prompt], seed: int, start: int, settings: Settings | None
+) -> np.ndarray:
+    state = pipeline.start(prompts, seed, range(start, start + BATCH), settings)
+    return to_array(run(pipeline.model, state).canvas.preview())
