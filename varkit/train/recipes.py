@@ -93,11 +93,11 @@ def scenes() -> Recipe:
             tokenizer,
             TrainConfig(steps=5500, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
             batch_size=16,
-            decoder=TrainConfig(steps=3000, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
+            decoder=TrainConfig(steps=1300, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
         ),
         GeneratorRecipe(
             generator,
-            TrainConfig(minutes=55, lr=1.5e-3, dtype="bfloat16", final=0.02),
+            TrainConfig(minutes=50, lr=1.5e-3, dtype="bfloat16", final=0.02),
             pictures=80_000,
             settings=Settings(guidance=2.5, top_p=0.95),
         ),
