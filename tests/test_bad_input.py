@@ -393,7 +393,7 @@ def test_ctrl_c_while_training_and_going_on(here: Path, capsys: pytest.CaptureFi
 
 def run(*args: object, cwd: Path) -> str:
     process = start(*args, cwd=cwd)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     return out
 
@@ -403,7 +403,7 @@ def test_a_killed_training_resumed_equals_an_uninterrupted_one(here: Path) -> No
     run("train", "digits", "--steps", 30, "--out", "whole", cwd=here)
     process = start("train", "digits", "--steps", 30, "--out", "killed", cwd=here)
     log = here / "killed/generator/log.jsonl"
-    wait_until(lambda: log.exists() and "20" in log.read_text(), process)
+    wait_until(lambda: log.exists() and "20" in log.read_text(), process, seconds=300)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (here / "killed/model").exists()

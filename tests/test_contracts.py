@@ -1,5 +1,7 @@
 """DESIGN's contracts, each tested once for every model that opts in (tests/contracts.py)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -150,6 +152,90 @@ def test_rollback_fork_and_merge_at_different_steps(case: Case):
     late.rollback(torch.tensor([1, last - 1, last]))
     merged = run(model, State.concat([early.select([1, 0]), late]))
     assert torch.equal(merged.canvas.latents()["ids"], straight[[1, 0, 0, 1, 2]])
+
+
+def test_prompts_of_different_lengths_are_merged():
+    case = CASES["var-text"]
+    tokenizer, model = case.build()
+    text = case.generator.condition
+    prompts = ["a", "a red ring a red ring"]
+    alone = [start(tokenizer, model, {"text": text.encode([p])[None]}) for p in prompts]
+    straight = [run(model, s.select([0])).canvas.latents()["ids"] for s in alone]
+    advance(model, alone[1])
+    merged = run(model, State.concat(alone))
+    assert torch.equal(merged.canvas.latents()["ids"], torch.cat(straight))
+
+
+def test_ragged_samples_in_float64():
+    tokenizer, model = CASES["var-class"].build(torch.float64)
+    condition = CASES["var-class"].conditions(2)
+    straight = run(model, start(tokenizer, model, condition)).canvas
+    early, late = (
+        start(tokenizer, model, condition).select([0]),
+        start(tokenizer, model, condition).select([1]),
+    )
+    advance(model, early)
+    merged = run(model, State.concat([early, late])).canvas
+    assert merged.f_hat.dtype == torch.float64
+    assert (merged.f_hat - straight.f_hat).abs().max() < 1e-9 * straight.f_hat.std()
+
+
+def test_filling_a_canvas_copies_and_decoding_leaves_the_latents_alone(case: Case):
+    tokenizer, model = case.build()
+    latents = true_latents(tokenizer, model, BATCH)
+    before = latents["ids"].clone()
+    state = start(tokenizer, model, case.conditions(BATCH))
+    state.canvas.fill(latents)
+    advance(model, state)
+    assert torch.equal(latents["ids"], before)
+
+
+def test_a_pyramid_takes_several_levels_at_once_and_levels_drawn_anew():
+    tokenizer, model = CASES["var-class"].build()
+    latents = true_latents(tokenizer, model, 2)
+    expected = filled(tokenizer, latents)
+    canvas, steps = tokenizer.canvas(2), model.plan.steps
+    whole = pack(steps)
+    canvas.reveal(whole, {"ids": latents["ids"]}, torch.zeros(2, dtype=torch.int64))
+    assert torch.allclose(canvas.f_hat, expected.f_hat, atol=1e-6) and bool(canvas.known.all())
+    other = {"ids": torch.zeros_like(latents["ids"][:, steps[1].target])}
+    canvas.reveal(steps[1], other, torch.ones(2, dtype=torch.int64))
+    changed = {"ids": latents["ids"].clone()}
+    changed["ids"][:, steps[1].target] = 0
+    assert torch.allclose(canvas.f_hat, filled(tokenizer, changed).f_hat, atol=1e-5)
+
+
+def test_ports_reach_the_condition_of_each_sample(case: Case):
+    tokenizer, model = case.build()
+    state = start(tokenizer, model, case.conditions(BATCH))
+    shapes = []
+
+    def port(h, step, prepared):
+        shapes.append((h.shape[0], next(iter(prepared.values())).shape[:2]))
+        return h
+
+    state.options = replace(
+        state.options, ports={("block", 0): port, ("attention", 1): lambda h, s, p: port(h, s, p)}
+    )
+    advance(model, state)
+    assert shapes == [(2 * BATCH, (2, BATCH))] * 2
+
+
+def test_shared_slots_may_show_each_sample_its_own(case: Case):
+    """Positions are shared while what is shown differs by sample (masked orders), with a null branch beside."""
+    tokenizer, model = case.build()
+    step = model.plan.steps[1]
+    shows = step.feed.shows.expand(BATCH, -1).clone()
+    shows[0] = -1
+    mixed = replace(step, feed=replace(step.feed, shows=shows))
+    state = start(tokenizer, model, case.conditions(BATCH))
+    state.canvas.fill(true_latents(tokenizer, model, BATCH))
+    with torch.no_grad():
+        window = Packed(step.sees.own_mask(len(step.feed)), branches=2)
+        h = model.generator(state.canvas.feed(mixed.feed), mixed, state.prepared, window)
+        plain = model.generator(state.canvas.feed(step.feed), step, state.prepared, window)
+    assert torch.allclose(h[[1, 2, 4, 5]], plain[[1, 2, 4, 5]], atol=1e-5)
+    assert not torch.allclose(h[[0, 3]], plain[[0, 3]], atol=1e-3)
 
 
 def test_a_saved_state_goes_on(case: Case):

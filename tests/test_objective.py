@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from tests.contracts import CASES, true_latents
+from varkit.data.registry import open_dataset
 from varkit.nn.attention import Packed
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.train.generator_task import Forced, NextStepTask
-from varkit.train.loop import train
+from varkit.train.loop import load_run, train
 from varkit.train.objective import NextStepLoss, Progressive
 from varkit.train.task import TrainConfig
+from varkit.train.tokenizer_loss import TokenizerLossConfig
+from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens
 
 
@@ -48,7 +53,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_stepwise_logits():
     )
     slow = -model.heads["main"].logits(h).log_softmax(-1).gather(-1, canvas.ids[..., None]).squeeze(-1)
     assert torch.allclose(each, slow, atol=1e-5)
-    assert abs(float(loss(canvas, step, condition, len(step.target))) - float(slow.mean())) < 1e-5
+    assert abs(loss(canvas, step, condition, len(step.target)).item() - slow.mean().item()) < 1e-5
 
 
 def test_a_truncated_step_has_the_losses_of_the_full_one():
@@ -58,7 +63,7 @@ def test_a_truncated_step_has_the_losses_of_the_full_one():
     assert torch.allclose(whole[:, : some.shape[1]], some, atol=1e-5)
     total = len(full.target)
     expected = some.sum(1).mean() / total
-    assert abs(float(loss(canvas, part, condition, total)) - float(expected)) < 1e-6
+    assert abs(loss(canvas, part, condition, total).item() - expected.item()) < 1e-6
 
 
 def test_scales_join_one_by_one_with_a_ramp():
@@ -110,3 +115,35 @@ def test_each_epoch_takes_every_item_once():
     assert sorted(rows[:32]) == list(range(32)) == sorted(rows[32:]) and rows[:32] != rows[32:]
     again = NextStepTask(parts, tokens, tokens, batch_size=8, recipe={})
     assert torch.equal(again.batch(5, 0)[0], task.batch(5, 0)[0])
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "decoder"])
+def test_a_tokenizer_training_resumed_equals_one_that_was_not_interrupted(kind: str, tmp_path: Path):
+    """The codebook keeper's counts are part of a run: codes that were about to be revived still are."""
+
+    def task():
+        torch.manual_seed(0)
+        conv = ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False)
+        tokenizer = MultiScaleVQConfig(conv, vocab_size=64, code_channels=4, schedule=(1, 2, 4)).build()
+        if kind == "decoder":
+            return DecoderTask(tokenizer, open_dataset("digits"), 4, {})
+        return ReconstructionTask(tokenizer, open_dataset("digits"), TokenizerLossConfig(), 4, {}, patience=4)
+
+    config = TrainConfig(steps=9, validate_every=100, checkpoint_every=6, log_every=8)
+    train(task(), config, tmp_path / "whole", quiet=True)
+    with pytest.raises(Stopped):
+        train(task(), config, tmp_path / "cut", quiet=True, on_log=lambda event: stop_at(event, 8))
+    train(task(), config, tmp_path / "cut", resume=True, quiet=True)
+    whole, cut = load_run(tmp_path / "whole", ema=False), load_run(tmp_path / "cut", ema=False)
+    for part, state in whole.items():
+        for name, value in state.items():
+            assert torch.equal(value, cut[part][name]), name
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(event: dict, step: int) -> None:
+    if event["step"] >= step:
+        raise Stopped

@@ -120,3 +120,43 @@ def test_an_overwritten_slot_is_seen_only_in_its_newest_form():
 def test_bad_schedules_are_refused(sides):
     with pytest.raises(UserError):
         Schedule.of(*sides)
+
+
+def wide(slots: list[int], **sees) -> Step:
+    ids = torch.tensor(slots)
+    return Step.of(Slots.of(ids, ids, torch.zeros(len(slots), 2)), target=ids, sees=Sees(**sees))
+
+
+def test_a_whole_past_stays_whole_beside_a_narrowed_one():
+    together = collate([one(0), one(1, past=torch.tensor([1]))])
+    seen = together.sees.past_mask(torch.arange(6))
+    assert seen.int().tolist() == [[[1, 1, 1, 1, 1, 1]], [[0, 1, 0, 0, 0, 0]]]
+    packed = pack([one(0), one(1, past=torch.tensor([1]))])
+    assert packed.sees.past_mask(torch.arange(4)).int().tolist() == [[1, 1, 1, 1], [0, 1, 0, 0]]
+
+
+def test_masks_of_samples_with_shared_slots():
+    own = torch.tensor([[[1, 0], [1, 1]], [[1, 1], [1, 1]]]).bool()
+    packed = pack([one(0), wide([1, 2], own=own)])
+    assert packed.sees.own.shape == (2, 3, 3)
+    assert packed.sees.own[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    assert packed.sees.own[1].int().tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1]]
+
+
+def test_one_sample_overwriting_a_slot_hides_it_from_itself_alone():
+    ids = torch.tensor([[0], [1]])
+    again = Step.of(Slots.of(ids, ids, torch.zeros(2, 1, 2)), target=ids)
+    packed = pack([wide([0, 1]), again, one(2)])
+    assert packed.sees.own[0, 3].int().tolist() == [0, 1, 1, 1]
+    assert packed.sees.own[1, 3].int().tolist() == [1, 0, 1, 1]
+
+
+def test_a_pack_remembers_whose_turn_each_slot_and_target_is():
+    packed = pack([one(0), pack([one(1), one(2)]), one(3)])
+    assert packed.turns == 4 and packed.turn.tolist() == [0, 1, 2, 3] == packed.feed.turn.tolist()
+
+
+def test_steps_of_two_routes_are_not_packed():
+    coarse = Step.of(one(0).feed, target=torch.tensor([0]), route="coarse")
+    with pytest.raises(AssertionError, match="routes"):
+        pack([coarse, one(1)])

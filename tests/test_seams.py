@@ -1,5 +1,7 @@
 """The seams hold for orders other than VAR's: toy networks on the one loop, cache and canvas."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from tests.toys.plans import ChunkPlan, MaskedPlan, WanderPlan
 from varkit.canvases.grid import GridCanvas
 from varkit.decode.cache.full import FullCache
 from varkit.decode.guidance import Guidance
-from varkit.decode.loop import Model, advance, decode, run
+from varkit.decode.loop import Model, advance, decode, run, take
+from varkit.decode.sampling import Sampler
 from varkit.decode.state import Options, State
 from varkit.draws import Draws
 from varkit.heads.categorical import CategoricalHead
@@ -73,7 +76,17 @@ def test_chunks_times_denoising_with_a_pass_that_only_writes():
     model, canvas = chunk_model()
     noise = canvas.values["vectors"].clone()
     state = start(model, VECTORS, 12, batch=2, canvas=canvas)
-    assert [s.cache._filled for s in decode(model, state)] == [0, 0, 4, 4, 4, 8, 8, 8, 12]
+    assert [int((s.cache.written_at[0] >= 0).sum()) for s in decode(model, state)] == [
+        0,
+        0,
+        4,
+        4,
+        4,
+        8,
+        8,
+        8,
+        12,
+    ]
     assert bool(state.canvas.known.all()) and state.evaluations.tolist() == [9, 9]
     assert not torch.allclose(state.canvas.values["vectors"], noise)
 
@@ -240,7 +253,6 @@ def test_a_window_of_steps_verified_at_once_equals_one_by_one():
         window = state.cache.open(window_step, state.cursor)
         at_once = model.generator(state.canvas.feed(window_step.feed), window_step, state.prepared, window)
         state.cache.close()
-        assert state.cache._filled == 7
         state.cache.rollback(torch.full((2,), 4))
         singly = []
         for step in model.plan.steps[4:7]:
@@ -248,3 +260,68 @@ def test_a_window_of_steps_verified_at_once_equals_one_by_one():
             singly.append(model.generator(state.canvas.feed(step.feed), step, state.prepared, window))
             state.cache.close()
     assert torch.allclose(at_once, torch.cat(singly, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [[5, 6], [4, 7]])
+def test_part_of_a_verified_window_is_kept(kept: list[int]):
+    """Speculation: after a window of three steps, a rollback to the accepted ones leaves the cache of single steps."""
+    model = raster_model()
+    straight = run(model, start(model, IDS, 9, batch=2)).canvas.values["ids"].clone()
+    state = start(model, IDS, 9, batch=2)
+    for _ in range(4):
+        advance(model, state)
+    state.canvas.values["ids"] = straight.clone()  # the drafts, here all right
+    take(model, state, pack(model.plan.steps[4:7]))
+    assert state.cursor.tolist() == [7, 7] and state.evaluations.tolist() == [5, 5]
+    assert torch.equal(state.canvas.values["ids"][:, :7], straight[:, :7]), (
+        "a window draws what its steps would"
+    )
+    state.rollback(torch.tensor(kept))
+    assert (state.cache.written_at >= 0).sum(1).tolist() == kept == state.canvas.known.sum(1).tolist()
+    assert torch.equal(run(model, state).canvas.values["ids"], straight)
+
+
+def test_what_an_override_needs_of_each_sample_moves_with_it():
+    model = raster_model()
+
+    def override(step, values, state):
+        return {"ids": state.extras["forced"][:, None].expand_as(values["ids"])}
+
+    state = start(model, IDS, 9, batch=3)
+    state.options, state.extras = (
+        replace(state.options, override=override),
+        {"forced": torch.tensor([1, 2, 3])},
+    )
+    advance(model, state)
+    mixed = run(model, State.concat([state.select([2, 0]), state.fork([1, 1])]))
+    assert (
+        mixed.canvas.values["ids"][:, 0].tolist()
+        == [3, 1, 2, 2]
+        == mixed.canvas.values["ids"][:, -1].tolist()
+    )
+
+
+def test_runs_with_different_options_are_not_merged():
+    model = raster_model()
+    a, b = start(model, IDS, 9, batch=1), start(model, IDS, 9, batch=1)
+    b.options = replace(b.options, pick=Sampler(top_k=2))
+    with pytest.raises(AssertionError, match="different options"):
+        State.concat([a, b])
+
+
+def test_an_empty_selection_is_an_empty_state():
+    model = raster_model()
+    empty = start(model, IDS, 9, batch=2).select([])
+    assert empty.batch == 0 and bool(empty.finished.all())
+
+
+def test_a_loaded_state_shares_nothing_with_what_was_saved():
+    model = raster_model()
+    state = start(model, IDS, 9, batch=2)
+    for _ in range(3):
+        advance(model, state)
+    saved = {k: v.clone() for k, v in state.tensors().items()}
+    template = start(model, IDS, 9, batch=2)
+    first = run(model, template.with_tensors(saved)).canvas.values["ids"]
+    second = run(model, template.with_tensors(saved)).canvas.values["ids"]
+    assert torch.equal(first, second)
