@@ -240,7 +240,7 @@ def _kernel_times(inputs: int, outputs: int, dtype: torch.dtype) -> Iterator[tup
         )
 
 
-def _fastest(call: Callable[[], Any], tries: int = 10) -> float:
+def _fastest(call: Callable[[], Any], tries: int = 5) -> float:
     call()
     times = []
     for _ in range(tries):

@@ -252,6 +252,15 @@ def test_wrong_words_and_places(convert, published, tmp_path, text_model):
     assert "already has files in it" in convert(*files)
 
 
+def test_settings_of_training_alone_do_not_stand_in_the_way(tmp_path):
+    pipeline = tiny_pipeline(ClassConfig(3, CLASSES), adaln_init=0.5, drop_path=0.3)
+    pipeline.configs["head"] = replace(pipeline.configs["head"], init_scale=0.5)
+    pipeline.configs["tokenizer"] = replace(pipeline.configs["tokenizer"], beta=0.5)
+    save_published(pipeline, tmp_path / "files")
+    found = pipeline_from_published([tmp_path / "files" / TOKENIZER, tmp_path / "files" / GENERATOR])
+    assert same(found.generator.state_dict(), pipeline.generator.state_dict())
+
+
 def test_models_that_the_published_layout_cannot_express(convert, tmp_path):
     pipeline = tiny_pipeline(ClassConfig(3, CLASSES))
     conv = replace(pipeline.configs["tokenizer"].conv, groups=4)

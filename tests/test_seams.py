@@ -16,7 +16,7 @@ from varkit.decode.sampling import Sampler
 from varkit.decode.state import Options, State
 from varkit.draws import Draws
 from varkit.heads.categorical import CategoricalHead
-from varkit.nn.attention import Packed
+from varkit.nn.attention import Packed, View, attend
 from varkit.plans.join import pack
 from varkit.plans.raster import RasterPlan
 
@@ -279,6 +279,15 @@ def test_part_of_a_verified_window_is_kept(kept: list[int]):
     state.rollback(torch.tensor(kept))
     assert (state.cache.written_at >= 0).sum(1).tolist() == kept == state.canvas.known.sum(1).tolist()
     assert torch.equal(run(model, state).canvas.values["ids"], straight)
+
+
+def test_heads_may_be_served_by_views_of_their_own_in_any_order():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=generator)
+    whole = attend(q, [View(k, v)])
+    late, early = torch.tensor([3, 0]), torch.tensor([1, 2])
+    split = attend(q, [View(k[:, late], v[:, late], heads=late), View(k[:, early], v[:, early], heads=early)])
+    assert torch.allclose(whole, split, atol=1e-6)
 
 
 def test_what_an_override_needs_of_each_sample_moves_with_it():

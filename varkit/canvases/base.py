@@ -62,7 +62,8 @@ class Canvas(ABC):
     def rollback(self, lengths: Tensor) -> None:
         """Forget what was revealed at step `lengths[b]` of sample b or later.
 
-        A value that overwrote an earlier one cannot be restored: roll back only over positions revealed once.
+        A value that overwrote an earlier one, provisional or not, cannot be restored: roll back only over positions
+        that were written once, or to before a canvas kept aside with `select`.
         """
 
     @abstractmethod

@@ -64,7 +64,7 @@ class TextConfig:
         if isinstance(self.vocabulary, str):
             return [FIRST + b for b in prompt.encode()]
         index = {w: FIRST + i for i, w in enumerate(self.vocabulary)}
-        words = re.findall(r"[a-z0-9]+|[^\sa-z0-9]", prompt.lower())
+        words = re.findall(r"[^\s,.;:!?]+", prompt.lower())  # punctuation says nothing here
         for word in words:
             if word not in index:
                 raise unknown_name("word", word, self.vocabulary, f"(in the prompt {prompt[:60]!r})")

@@ -44,7 +44,7 @@ class Settings:
     """
 
     guidance: float = 1.0
-    ramp: bool = True
+    ramp: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.0

@@ -52,7 +52,9 @@ def pipeline_from_published(paths: Sequence[StrPath]) -> Pipeline:
     generator, head = var.generator_from_published(states["generator"])
     tokenizer = var.tokenizer_from_published(states["tokenizer"], tokenizer_config)
     plan = ScalesConfig(config.schedule)
-    configs = {"tokenizer": tokenizer_config, "generator": config, "head": head_config, "plan": plan}
+    configs: dict[str, Any] = {
+        "tokenizer": tokenizer_config, "generator": config, "head": head_config, "plan": plan,
+    }  # fmt: skip
     parts = {name: build_empty(part.build) for name, part in configs.items()}
     for name, state in (("tokenizer", tokenizer), ("generator", generator), ("head", head)):
         load_state(parts[name], state, f"the {name}")
@@ -150,7 +152,7 @@ def _check_expressible(configs: Mapping[str, Any], tokenizer: State, generator: 
     own = configs["generator"]
     told = replace(told, drop_path=own.drop_path, adaln_init=own.adaln_init, condition=own.condition)
     _compare("generator", own, told)
-    _compare("head", configs["head"], told_head)
+    _compare("head", configs["head"], replace(told_head, init_scale=configs["head"].init_scale))
     own = configs["tokenizer"]
     told_tokenizer = replace(var.tokenizer_config(tokenizer, told.schedule), beta=own.beta)
     _compare("tokenizer's convolutions", own.conv, told_tokenizer.conv)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from varkit.errors import UserError
 from varkit.files import StrPath, atomic_write
@@ -81,6 +82,19 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
     return loaded
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Skips initialisers: what has no memory draws nothing, and on the meta device they import a compiler (a
+    second).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        name, home = getattr(function, "__name__", ""), getattr(function, "__module__", "")
+        if home == "torch.nn.init" or name in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def build_empty(build: Callable[[], M]) -> M:
     """What `build` makes, with every module parameter on the meta device; buffers are real, so none is ever missing."""
     me = threading.get_ident()
@@ -92,7 +106,8 @@ def build_empty(build: Callable[[], M]) -> M:
 
     hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
     try:
-        return build()
+        with _NoInitialisation():
+            return build()
     finally:
         hook.remove()
 

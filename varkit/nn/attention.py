@@ -22,13 +22,13 @@ class View:
     """Keys and values that a group of heads attends to.
 
     k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible; None sees all. heads: the query
-    heads it serves, None = all.
+    heads it serves, as a slice or their numbers; None = all.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
-    heads: slice | None = None
+    heads: slice | Tensor | None = None
 
 
 class Window(Protocol):
@@ -55,24 +55,29 @@ class Packed:
         self.mask = own
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
-        return [View(k, v, None if self.mask is None else self.mask.to(q.device))]
+        if self.mask is not None and self.mask.device != q.device:
+            self.mask = self.mask.to(q.device)
+        return [View(k, v, self.mask)]
 
 
 def attend(q: Tensor, views: Sequence[View], scale: float | None = None) -> Tensor:
     """Softmax attention of q (N, H, L, E) over views -> (N, H, L, E); fewer key heads than query heads are shared."""
-    parts = []
+    if len(views) == 1 and views[0].heads is None:
+        return _attend_view(q, views[0], scale)
+    out = torch.empty_like(q)
     for view in views:
-        queries = q if view.heads is None else q[:, view.heads]
-        shared = queries.shape[1] != view.k.shape[1]
-        if not shared and _slow_backward(queries, view):
-            parts.append(_FlashAttention.apply(queries, view.k, view.v, view.mask, scale))
-            continue
-        parts.append(
-            F.scaled_dot_product_attention(
-                queries, view.k, view.v, attn_mask=view.mask, scale=scale, enable_gqa=shared
-            )
-        )
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        heads = slice(None) if view.heads is None else view.heads
+        out[:, heads] = _attend_view(q[:, heads], view, scale)
+    return out
+
+
+def _attend_view(q: Tensor, view: View, scale: float | None) -> Tensor:
+    shared = q.shape[1] != view.k.shape[1]
+    if not shared and _slow_backward(q, view):
+        return _FlashAttention.apply(q, view.k, view.v, view.mask, scale)
+    return F.scaled_dot_product_attention(
+        q, view.k, view.v, attn_mask=view.mask, scale=scale, enable_gqa=shared
+    )
 
 
 def _slow_backward(q: Tensor, view: View) -> bool:
@@ -134,7 +139,8 @@ class CosineNorm(nn.Module):
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / |x| over the last dimension. With its gradient it takes a third of the passes over x of `F.normalize`."""
-    return x.square().sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).rsqrt()
+    squares = x.square().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt().to(x.dtype)
 
 
 class NoNorm(nn.Module):

@@ -97,9 +97,9 @@ def scenes() -> Recipe:
         ),
         GeneratorRecipe(
             generator,
-            TrainConfig(minutes=50, lr=1.5e-3, dtype="bfloat16", final=0.02),
+            TrainConfig(minutes=47, lr=1.5e-3, dtype="bfloat16", final=0.02),
             pictures=80_000,
-            settings=Settings(guidance=2.5, top_p=0.95),
+            settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
         ),
         prompts=(
             "two red circles on a beige background", "a green ring left of an orange heart", "three blue stars",
@@ -138,7 +138,7 @@ def digits() -> Recipe:
             generator,
             TrainConfig(minutes=3.5, lr=2e-3, dtype="bfloat16", weight_decay=0.1, final=0.02),
             pictures=1545,
-            settings=Settings(guidance=2.0),
+            settings=Settings(ramp=True, guidance=2.0),
         ),
         prompts=tuple(range(10)),
     )
@@ -168,7 +168,7 @@ def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
         config,
         TrainConfig(minutes=20, lr=1e-3, dtype="bfloat16", weight_decay=0.1, final=0.02),
         pictures=max(size, min(16 * size, 8192)),
-        settings=Settings(guidance=2.0, top_p=0.95),
+        settings=Settings(ramp=True, guidance=2.0, top_p=0.95),
     )
     if isinstance(condition, TextConfig):
         rows = list(range(min(8, dataset.size or 8)))

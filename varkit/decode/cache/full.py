@@ -44,11 +44,8 @@ class FullCache(Cache):
         self._prefix = step.writes and span is not None and span[0] == self._filled and step.sees.whole_past
         if step.writes:
             self._grow(int(step.feed.ids.max()) + 1)
-        if self._prefix:
-            self._mask = self._prefix_mask(step)
-        else:
-            self._held = self._highest()
-            self._mask = self._general_mask(step)
+        self._held = self._filled if self._filled is not None else self._highest()
+        self._mask = self._prefix_mask(step) if self._prefix else self._general_mask(step)
         return self
 
     def close(self) -> None:
@@ -59,21 +56,20 @@ class FullCache(Cache):
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
         assert self._step is not None, "views() outside a step"
+        if self._mask is not None and self._mask.device != q.device:
+            self._mask = self._mask.to(q.device)
+        if not self._step.writes and self._held == 0:
+            return [View(k, v, self._mask)]
         keys, values = self._storage(layer, k)
-        mask = None if self._mask is None else self._mask.to(q.device)
         if self._prefix:
             a, b = self._step.feed.span or (0, 0)
             keys[:, :, a:b], values[:, :, a:b] = k, v
-            return [View(keys[:, :, :b], values[:, :, :b], mask)]
-        own_k, own_v = k, v
-        view = View(
-            torch.cat([keys[:, :, : self._held], own_k], dim=2),
-            torch.cat([values[:, :, : self._held], own_v], dim=2),
-            mask,
-        )
+            return [View(keys[:, :, :b], values[:, :, :b], self._mask)]
+        past_k, past_v = keys[:, :, : self._held], values[:, :, : self._held]
+        view = View(torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), self._mask)
         if self._step.writes:
-            self._write(keys, own_k)
-            self._write(values, own_v)
+            self._write(keys, k)
+            self._write(values, v)
         return [view]
 
     def rollback(self, lengths: Tensor) -> None:
