@@ -429,7 +429,7 @@ def test_var_trainer_checkpoints_nest_both_parts(tmp_path):
 
 def test_llamagen_round_trip_is_exact():
     config = LlamaGenConfig(2, 128, 2, 16, ClassConfig(5), hidden=384, zero_prefix=True)
-    head = CategoricalConfig(128, 16, bias=False)
+    head = CategoricalConfig(128, 16, bias=False, init_scale=0.0)
     state, head_state = built(config).state_dict(), built(head).state_dict()
     published = llamagen.generator_to_published(state, head_state)
     assert published["layers.1.feed_forward.w3.weight"].equal(state["blocks.1.ffn.up.weight"])

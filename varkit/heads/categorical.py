@@ -48,7 +48,9 @@ class CategoricalHead(Head):
         super().__init__()
         self.vocab_size = vocab_size
         self.out = Linear(width, vocab_size, bias=bias)
-        nn.init.trunc_normal_(self.out.weight, std=init_scale * (1 / (3 * width)) ** 0.5)
+        nn.init.trunc_normal_(self.out.weight, std=(1 / (3 * width)) ** 0.5)
+        with torch.no_grad():
+            self.out.weight.mul_(init_scale)
         if bias:
             nn.init.zeros_(self.out.bias)
 
