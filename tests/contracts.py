@@ -19,6 +19,7 @@ from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
+from varkit.hub.pipeline import Pipeline, Settings
 from varkit.plans.raster import RasterConfig
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.conv import ConvConfig
@@ -50,6 +51,18 @@ class Case:
         nn.init.normal_(tokenizer.quantizer.embedding.weight)
         nn.init.normal_(head.out.weight, std=0.3)
         return tokenizer.to(dtype), Model(self.plan.build(), generator.to(dtype), {"main": head.to(dtype)})
+
+    def pipeline(self, settings: Settings, dtype: torch.dtype = torch.float32) -> Pipeline:
+        """The parts as users hold them."""
+        tokenizer, model = self.build(dtype)
+        parts = {
+            "tokenizer": tokenizer,
+            "generator": model.generator,
+            "plan": model.plan,
+            "head": model.heads["main"],
+        }
+        names = ("tokenizer", "generator", "head", "plan")
+        return Pipeline(parts, {name: getattr(self, name) for name in names}, settings)
 
 
 def start(

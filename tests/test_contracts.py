@@ -267,15 +267,7 @@ def test_evaluations_and_tokens_are_counted(case: Case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_give_the_same_picture(case: Case, dtype: torch.dtype, tmp_path):
-    tokenizer, model = case.build(dtype)
-    parts = {
-        "tokenizer": tokenizer,
-        "generator": model.generator,
-        "head": model.heads["main"],
-        "plan": model.plan,
-    }
-    configs = {"tokenizer": case.tokenizer, "generator": case.generator, "head": case.head, "plan": case.plan}
-    pipeline = Pipeline(parts, configs, Settings(guidance=2.0, top_k=9))
+    pipeline = case.pipeline(Settings(guidance=2.0, top_k=9), dtype)
     pipeline.save(tmp_path / "model")
     loaded = Pipeline.from_folder(tmp_path / "model")
     assert next(loaded.generator.parameters()).dtype == dtype and loaded.settings == pipeline.settings
@@ -285,16 +277,7 @@ def test_save_and_load_give_the_same_picture(case: Case, dtype: torch.dtype, tmp
 
 
 def test_weights_stored_smaller_compute_in_float32(tmp_path):
-    case = CASES["var-text"]
-    tokenizer, model = case.build()
-    parts = {
-        "tokenizer": tokenizer,
-        "generator": model.generator,
-        "head": model.heads["main"],
-        "plan": model.plan,
-    }
-    configs = {"tokenizer": case.tokenizer, "generator": case.generator, "head": case.head, "plan": case.plan}
-    Pipeline(parts, configs, Settings()).save(tmp_path / "small", dtype=torch.float16)
+    CASES["var-text"].pipeline(Settings()).save(tmp_path / "small", dtype=torch.float16)
     loaded = Pipeline.from_folder(tmp_path / "small")
     assert {p.dtype for p in loaded.generator.parameters()} == {torch.float32}
     loaded.save(tmp_path / "again", dtype=torch.float16)

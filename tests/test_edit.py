@@ -17,16 +17,7 @@ from varkit.plans.schedule import Schedule
 
 
 def pipeline(name: str = "var-class") -> Pipeline:
-    case = CASES[name]
-    tokenizer, model = case.build()
-    parts = {
-        "tokenizer": tokenizer,
-        "generator": model.generator,
-        "head": model.heads["main"],
-        "plan": model.plan,
-    }
-    configs = {"tokenizer": case.tokenizer, "generator": case.generator, "head": case.head, "plan": case.plan}
-    return Pipeline(parts, configs, Settings(guidance=2.0))
+    return CASES[name].pipeline(Settings(guidance=2.0))
 
 
 def picture(size: tuple[int, int] = (8, 12)) -> Image.Image:

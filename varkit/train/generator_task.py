@@ -36,8 +36,8 @@ class Forced:
 class NextStepTask(Task):
     """Train a generator and its head to follow their plan over `tokens`.
 
-    recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in). progressive:
-    VAR's growing number of scales, or None.
+    recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in). `progressive`
+    may be set to VAR's growing number of scales, once the run's steps are known.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class NextStepTask(Task):
         seed: int = 0,
         condition_drop: float = 0.1,
         draw: Callable[[], Image.Image] | None = None,
-        progressive: Progressive | None = None,
     ) -> None:
         self.tokenizer, self.plan = parts.tokenizer.eval().requires_grad_(False), parts.plan
         self.tokens, self.held_out, self.batch_size, self.recipe = tokens, held_out, batch_size, recipe
-        self.seed, self.draw, self.progressive = seed, draw, progressive
+        self.seed, self.draw = seed, draw
+        self.progressive: Progressive | None = None
         self.phases = (Phase("generator", ("generator", "head")),)
         self.objective = NextStepLoss(parts.generator, parts.head, condition_drop)
         self.modules: dict[str, nn.Module] = {"generator": parts.generator, "head": parts.head}
