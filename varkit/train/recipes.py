@@ -78,8 +78,8 @@ def scenes() -> Recipe:
     text = TextConfig(vocabulary=tuple(WORDS), length=24, width=128, depth=2, heads=4)
     generator = VARConfig(
         depth=7,
-        width=192,
-        heads=6,
+        width=128,
+        heads=2,
         schedule=side,
         code_width=16,
         condition=text,
@@ -97,7 +97,7 @@ def scenes() -> Recipe:
         ),
         GeneratorRecipe(
             generator,
-            TrainConfig(minutes=47, lr=1.5e-3, dtype="bfloat16", final=0.02),
+            TrainConfig(minutes=42, lr=2e-3, dtype="bfloat16", final=0.02),
             pictures=80_000,
             settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
         ),
