@@ -1,7 +1,7 @@
 """`varkit generate`: captions or labels to pictures."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from varkit.hub.pipeline import Pipeline
+
+BATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +86,22 @@ class Generate(Sampling):
         pipeline.check_size(size)
         pipeline.conditions(prompts)  # a mistake in the last prompt shows before the first is drawn
         jobs = list(pipeline.jobs(prompts, self.n))
-        images, strips = draw(pipeline, jobs, self.seed, self.chosen())
-        if self.grid:
-            from varkit.pictures import grid
+        drawn = draw(pipeline, jobs, self.seed, self.chosen(), self.previews)
+        strip_targets = self._strip_targets(prompts)
+        if not self.grid:
+            for path, strip_path, (image, strip) in zip(targets, strip_targets, drawn, strict=True):
+                save_picture(image, path)  # at once: what is drawn is not lost when the rest is interrupted
+                if strip is not None:
+                    save_picture(strip, strip_path)
+            return
 
-            images = [grid(images, columns=min(len(images), 8 if self.n == 1 else self.n))]
-        for path, image in zip(targets, images, strict=True):
-            save_picture(image, path)
-        if self.previews:
-            for path, strip in zip(self._strip_targets(prompts), strips, strict=True):
-                save_picture(strip, path)
+        from varkit.pictures import grid
+
+        images, strips = zip(*drawn, strict=True)
+        save_picture(grid(images, columns=min(len(images), 8 if self.n == 1 else self.n)), targets[0])
+        for strip_path, strip in zip(strip_targets, strips, strict=True):
+            if strip is not None:
+                save_picture(strip, strip_path)
 
     def _prompts(self) -> list[str | int]:
         given = [name for name in ("caption", "label", "prompts") if getattr(self, name) is not None]
@@ -143,28 +151,31 @@ def read_prompts(file: Path) -> list[str | int]:
 
 
 def draw(
-    pipeline: "Pipeline", jobs: Sequence[str | int], seed: int, settings: dict[str, Any], batch_size: int = 8
-) -> tuple[list["Image.Image"], list["Image.Image"]]:
-    """Finished pictures and the strip of previews of each, with a progress bar."""
+    pipeline: "Pipeline",
+    jobs: Sequence[str | int],
+    seed: int,
+    settings: dict[str, Any],
+    previews: bool = False,
+) -> Iterator[tuple["Image.Image", "Image.Image | None"]]:
+    """Each picture as its batch is finished, with the strip of its previews if wanted; shows a progress bar."""
     from dataclasses import replace
 
-    import torch
-
     from varkit.decode.loop import decode
-    from varkit.pictures import grid, to_pil
+    from varkit.pictures import grid
 
     chosen = replace(pipeline.settings, **settings)
-    images, strips = [], []
     with progress("drawing", len(jobs)) as advance:
-        for first in range(0, len(jobs), batch_size):
-            rows = jobs[first : first + batch_size]
+        for first in range(0, len(jobs), BATCH):
+            rows = jobs[first : first + BATCH]
             state = pipeline.start(rows, seed, range(first, first + len(rows)), chosen)
-            with torch.no_grad():
-                grown = [to_pil(state.canvas.preview()) for state in decode(pipeline.model, state)]
-            images += grown[-1]
-            strips += [grid(list(frames), columns=len(frames)) for frames in zip(*grown, strict=True)]
+            frames = [
+                pipeline.pictures(state)
+                for state in decode(pipeline.model, state)
+                if previews or bool(state.finished.all())
+            ]
             advance(len(rows))
-    return images, strips
+            for grown in zip(*frames, strict=True):
+                yield grown[-1], grid(grown, columns=len(grown)) if previews else None
 
 
 def save_picture(image: "Image.Image", path: Path) -> None:

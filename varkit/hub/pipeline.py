@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from varkit.decode.cache.full import FullCache
 from varkit.decode.guidance import Guidance
@@ -177,7 +176,7 @@ class Pipeline:
         """The pictures so far, after each step; the last are the finished ones. `settings` replace the model's own."""
         state = self.start(prompts, seed, settings=replace(self.settings, **settings))
         for _ in decode(self.model, state):
-            yield to_pil(self._preview(state))
+            yield self.pictures(state)
 
     def generate(
         self,
@@ -200,7 +199,7 @@ class Pipeline:
             state = self.start(rows, seed, range(start, start + len(rows)), chosen)
             for _ in decode(self.model, state):
                 pass
-            images += to_pil(self._preview(state))
+            images += self.pictures(state)
         return images
 
     def jobs(self, prompts: Prompt | Sequence[Prompt], n: int) -> Sequence[Prompt]:
@@ -213,8 +212,9 @@ class Pipeline:
         return [p for p in listed for _ in range(n)]
 
     @torch.no_grad()
-    def _preview(self, state: State) -> Tensor:
-        return state.canvas.preview()
+    def pictures(self, state: State) -> list[Image.Image]:
+        """What each sample of a state shows so far."""
+        return to_pil(state.canvas.preview())
 
     def save(self, folder: StrPath, replace: bool = False, dtype: torch.dtype | None = None) -> None:
         """Write config.json and one safetensors file a part, atomically.
