@@ -367,9 +367,13 @@ def test_ctrl_c_while_generating(class_model: Path, here: Path) -> None:
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (130, ""), err
+    assert process.returncode == 130, err
     assert err == "varkit: interrupted; nothing was left half-written\n"
-    assert contents(here) == {}
+    finished = list((here / "new").glob("*"))
+    assert len(out.splitlines()) <= len(finished) < 20_000
+    for file in finished:  # those that were done are kept, whole
+        with Image.open(file) as picture:
+            picture.load()
 
 
 def test_ctrl_c_while_training_and_going_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
