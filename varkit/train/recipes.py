@@ -160,7 +160,7 @@ def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
         names = tuple(dataset.class_names or ("all",))
         condition = ClassConfig(len(names), names)
     config = VARConfig(
-        depth=6, width=192, heads=6, schedule=side, code_width=16, condition=condition, shared_modulation=True,
+        depth=6, width=192, heads=3, schedule=side, code_width=16, condition=condition, shared_modulation=True,
         adaln_init=0.5, drop_path=0.05,
     )  # fmt: skip
     size = dataset.size or 50_000
