@@ -103,8 +103,9 @@ def is_importable(name: str) -> bool:
 
 def skip_without_weights(source: str) -> None:
     """Skip where the bundled model that `source` loads is not part of this checkout."""
-    if 'load("scenes")' in source and "scenes" not in bundled():
-        pytest.skip("the bundled model 'scenes' is not in varkit/weights of this checkout")
+    for name in re.findall(r"load\(\"(\w+)\"\)", source):
+        if name not in bundled():
+            pytest.skip(f"the bundled model {name!r} is not in varkit/weights of this checkout")
 
 
 def test_pages_and_examples_are_there():
