@@ -710,3 +710,13 @@ def test_open_dataset(tmp_path):
         open_dataset("gone.npz")
     with pytest.raises(UserError, match="unknown part 'test'"):
         Digits().split("test")  # type: ignore[arg-type]
+
+
+def test_digits_are_shifted_where_others_are_cropped():
+    digits = Digits()
+    plain = digits.batch([5], (32, 32)).images
+    middle = digits.batch([5], (32, 32), np.array([[0.5, 0.5]])).images
+    moved = digits.batch([5], (32, 32), np.array([[0.5, 1.0]])).images
+    assert np.array_equal(plain, middle) and not np.array_equal(plain, moved)
+    ink = [np.average(np.arange(32), weights=picture[0, ..., 0].sum(0)) for picture in (plain, moved)]
+    assert 2 < ink[0] - ink[1] < 4, "three quarters of a pixel are three of the 32"

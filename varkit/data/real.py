@@ -35,10 +35,15 @@ PHOTOGRAPHS = (
     "rocket.jpg",
 )
 SMALLEST_PATCH = 64
+SHIFT = 0.75
 
 
 class Digits(FiniteDataset):
-    """The 1797 handwritten digits of scikit-learn, 8 x 8 greys, stretched smoothly to any side."""
+    """The 1797 handwritten digits of scikit-learn, 8 x 8 greys, stretched smoothly to any side.
+
+    There is nothing to crop, so `crops` shift a digit instead, by up to SHIFT of its own pixels in each direction: few
+    pictures are soon known by heart.
+    """
 
     def __init__(self) -> None:
         _require("sklearn", "scikit-learn", "digits")
@@ -64,8 +69,11 @@ class Digits(FiniteDataset):
         rows = self.rows[np.asarray(indices, np.int64)]
         h, w = side
         greys = np.empty((len(rows), h, w), np.uint8)
-        for grey, row in zip(greys, rows, strict=True):
-            grey[:] = np.asarray(Image.fromarray(self.images[row]).resize((w, h), Image.Resampling.BICUBIC))
+        for grey, row, (y, x) in zip(greys, rows, positions(len(rows), crops), strict=True):
+            dy, dx = SHIFT * (2 * y - 1), SHIFT * (2 * x - 1)
+            padded = Image.fromarray(np.pad(self.images[row], 1))
+            box = (1 + dx, 1 + dy, 9 + dx, 9 + dy)
+            grey[:] = np.asarray(padded.resize((w, h), Image.Resampling.BICUBIC, box=box))
         return Batch(np.repeat(greys[..., None], 3, axis=-1), self.labels[rows])
 
 

@@ -125,7 +125,7 @@ def digits() -> Recipe:
         code_width=8,
         condition=ClassConfig(10, names),
         adaln_init=0.5,
-        drop_path=0.05,
+        drop_path=0.1,
     )
     return Recipe(
         "digits",
@@ -137,7 +137,7 @@ def digits() -> Recipe:
         GeneratorRecipe(
             generator,
             TrainConfig(minutes=3.5, lr=2e-3, dtype="bfloat16", weight_decay=0.1, final=0.02),
-            pictures=1545,
+            pictures=12_000,
             settings=Settings(ramp=True, guidance=2.0),
         ),
         prompts=tuple(range(10)),
