@@ -54,6 +54,7 @@ def write_safetensors(path: StrPath, state: Mapping[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_write(path) as part:
         save_file(plain, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # the library makes files that only their owner can read
 
 
 def read_checkpoint(path: StrPath) -> dict[str, Any]:
