@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.errors import UserError
+from varkit.evaluate.reconstruction import psnr
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """(reconstruction, images), both (B, 3, H, W) -> a distance, any shape; its mean is used."""
@@ -152,8 +153,3 @@ class TokenizerLoss(nn.Module):
         fake = self.discriminator(outputs["reconstruction"].detach())
         loss = hinge_loss(real, fake)
         return loss, {"discriminator": loss.item(), "real": real.mean().item(), "fake": fake.mean().item()}
-
-
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error over [-1, 1]."""
-    return float(10 * torch.tensor(4.0 / max(mse, 1e-12)).log10())

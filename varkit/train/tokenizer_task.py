@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from varkit.data.base import Dataset
+from varkit.evaluate.reconstruction import psnr
 from varkit.pictures import grid, to_pil, to_tensor
 from varkit.tokenizers.codebook import CodebookKeeper, CodebookStatistics
 from varkit.tokenizers.multiscale_vq import QuantizedTokenizer
 from varkit.train.task import Phase, Task
-from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig, psnr
+from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig
 
 ADVERSARIAL_BETAS = (0.5, 0.9)
 """AdamW's moments when a critic plays along (vaex); without one the run's own are used."""
