@@ -17,11 +17,14 @@ from varkit.plans.schedule import Schedule
 from varkit.tokenizers.codebook import ROWS, Codebook, CodebookKeeper, CodebookStatistics
 from varkit.tokenizers.conv import Attention, ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig, phi_index
+from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.tokenizers.vq import VQ, VQConfig
 from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig, hinge_loss
 
 CONV = ConvConfig(channels=8, multipliers=(1, 2, 2), res_blocks=1, latent_channels=8, groups=2)
 PYRAMID = MultiScaleVQConfig(CONV, vocab_size=64, code_channels=8, schedule=(1, 2, 3, 4))
+PATCHED = dataclasses.replace(PYRAMID, encoder=PatchEncoderConfig(width=16, depth=1), rate=1.0)
+LAYER_NORM = dataclasses.replace(PYRAMID, conv=dataclasses.replace(CONV, groups=0))
 GRID = VQConfig(CONV, vocab_size=64, code_channels=4, grid=4)
 WIDE = Schedule.of(1, (2, 3), (3, 5), (4, 6))
 
@@ -36,6 +39,11 @@ def waves(batch: int, height: int = 16, width: int = 16) -> Tensor:
     x = torch.linspace(0, 6, width)
     phase = torch.arange(3.0 * batch).view(batch, 3, 1, 1)
     return torch.sin(x + 0.7 * phase) * torch.cos(y * (1 + 0.1 * phase))
+
+
+EACH = pytest.mark.parametrize(
+    "config", [PYRAMID, GRID, PATCHED, LAYER_NORM], ids=["pyramid", "grid", "patched", "layer norm"]
+)
 
 
 @functools.cache
@@ -313,9 +321,9 @@ def test_statistics_equal_a_slow_count() -> None:
 # Whole tokenizers
 
 
-@pytest.mark.parametrize("config", [PYRAMID, GRID], ids=["pyramid", "grid"])
+@EACH
 def test_encode_decode(config: MultiScaleVQConfig | VQConfig) -> None:
-    tokenizer = make(config)
+    tokenizer = make(config).eval()
     images = waves(3)
     latents = tokenizer.encode(images)
     ids = latents["ids"]
@@ -342,7 +350,7 @@ def test_another_schedule_and_a_prefix_decode() -> None:
     assert torch.equal(tokenizer.decode(latents, WIDE, levels=4), full)
 
 
-@pytest.mark.parametrize("config", [PYRAMID, GRID], ids=["pyramid", "grid"])
+@EACH
 def test_filled_canvas_shows_the_decoded_image(config: MultiScaleVQConfig | VQConfig) -> None:
     tokenizer = make(config)
     latents = tokenizer.encode(waves(2))
@@ -352,7 +360,7 @@ def test_filled_canvas_shows_the_decoded_image(config: MultiScaleVQConfig | VQCo
         assert torch.equal(canvas.preview(), tokenizer.decode(latents))
 
 
-@pytest.mark.parametrize("config", [PYRAMID, GRID], ids=["pyramid", "grid"])
+@EACH
 def test_gradients_reach_every_parameter(config: MultiScaleVQConfig | VQConfig) -> None:
     tokenizer = make(config)
     images = waves(4)
@@ -412,7 +420,7 @@ def test_channels_last_gives_the_same_ids() -> None:
         (lambda: make().decode({"ids": torch.zeros(1, 4, dtype=torch.int64)}), "4 ids.*30"),
         (lambda: make().decode(make().encode(waves(1)), levels=5), "levels is 5"),
         (lambda: ConvConfig(channels=40), "40.*32"),
-        (lambda: ConvConfig(groups=0), "groups is 0"),
+        (lambda: ConvConfig(groups=-1), "groups is -1"),
         (lambda: ConvConfig(multipliers=()), "multipliers"),
         (lambda: ConvConfig(res_blocks=0), "res_blocks is 0"),
         (lambda: MultiScaleVQConfig(vocab_size=1), "vocab_size is 1"),

@@ -39,14 +39,19 @@ class Codebook(nn.Module):
         return F.embedding(ids, self.codes)
 
     @torch.no_grad()
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """Index (...) int64 of the nearest code to each of `vectors` (..., D); ties go to the lowest."""
+    def nearest(self, vectors: Tensor, cost: Tensor | None = None) -> Tensor:
+        """Index (...) int64 of the nearest code to each of `vectors` (..., D); ties go to the lowest.
+
+        `cost` (V,) is added to the squared distances.
+        """
         codes = self.codes
         flat = vectors.to(codes.dtype).reshape(-1, codes.shape[1])
         if self.normalize:
             flat = F.normalize(flat, dim=-1)
         padded = F.pad(flat, (0, 0, 0, -len(flat) % ROWS))
         minus_2_codes, squares = -2 * codes.T, codes.square().sum(1)
+        if cost is not None:
+            squares = squares + cost
         with torch.autocast(flat.device.type, enabled=False):
             # |x - c|^2 without |x|^2, which is the same for every code.
             found = [torch.addmm(squares, rows, minus_2_codes).argmin(1) for rows in padded.split(ROWS)]

@@ -23,7 +23,8 @@ class ConvConfig:
 
     `attention` puts attention after each block of the lowest level and in the middle; small grids do without
     it. `groups` is that of the normalisation (a narrower level has one a channel). Keep 4 or more channels in
-    each: a group of one channel forgets its mean, and with it the colour of a plain background. `patch` folds
+    each: a group of one channel forgets its mean, and with it the colour of a plain background. 0 normalises each
+    position by itself, so that equal surroundings give equal features wherever they are. `patch` folds
     p x p pixels into channels before the first convolution and back after the last, so that no layer works at
     full resolution: small tokenizers train several times faster so.
     """
@@ -42,11 +43,13 @@ class ConvConfig:
             raise UserError(
                 f"multipliers {self.multipliers} must be one or more integers >= 1, e.g. (1, 2, 4)"
             )
-        for name in ("channels", "res_blocks", "latent_channels", "groups", "patch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (
+            ("channels", 1), ("res_blocks", 1), ("latent_channels", 1), ("groups", 0), ("patch", 1)
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for width in self.widths:
-            if width % min(self.groups, width):
+            if self.groups and width % min(self.groups, width):
                 raise UserError(
                     f"a level of {width} channels does not split into {self.groups} normalisation groups; "
                     f"choose groups that divide channels, {self.channels}"
@@ -63,8 +66,17 @@ class ConvConfig:
         return int(self.patch * 2 ** (len(self.multipliers) - 1))
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Normalisation over (at most) `groups` groups."""
+class PositionNorm(nn.LayerNorm):
+    """Layer normalisation of each position's channels, (B, C, h, w): no position knows of the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def normalisation(channels: int, groups: int) -> nn.Module:
+    """Normalisation over (at most) `groups` groups of channels and all positions, or with 0 of each position."""
+    if groups == 0:
+        return PositionNorm(channels, eps=EPS)
     return nn.GroupNorm(min(groups, channels), channels, eps=EPS)
 
 
@@ -83,9 +95,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(inputs, groups)
+        self.norm1 = normalisation(inputs, groups)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = group_norm(outputs, groups)
+        self.norm2 = normalisation(outputs, groups)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -100,7 +112,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = normalisation(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -183,7 +195,7 @@ class Encoder(nn.Module):
                 )
             )
         self.middle = Middle(widths[-1], config.groups, config.attention)
-        self.norm_out = group_norm(widths[-1], config.groups)
+        self.norm_out = normalisation(widths[-1], config.groups)
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -215,7 +227,7 @@ class Decoder(nn.Module):
                     up,
                 )
             )
-        self.norm_out = group_norm(widths[0], config.groups)
+        self.norm_out = normalisation(widths[0], config.groups)
         self.patch = config.patch
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch**2, 3, padding=1)
 

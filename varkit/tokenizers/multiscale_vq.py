@@ -26,6 +26,8 @@ from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.base import Latents, Tokenizer
 from varkit.tokenizers.codebook import Codebook
 from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder, initialize
+from varkit.tokenizers.patch import PatchEncoder, PatchEncoderConfig
+from varkit.tokenizers.rate import CodeRates
 
 if TYPE_CHECKING:
     from varkit.canvases.base import Canvas
@@ -70,12 +72,23 @@ class Quantized:
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Features (B, D, h, w) <-> ids (B, L). `phis` convolutions are shared by the levels; 0 does without."""
+    """Features (B, D, h, w) <-> ids (B, L). `phis` convolutions are shared by the levels; 0 does without.
 
-    def __init__(self, codebook: Codebook, phis: int, phi_ratio: float = 0.5, beta: float = 0.25) -> None:
+    With `rates` a code's frequency counts in the choice, not only its distance.
+    """
+
+    def __init__(
+        self,
+        codebook: Codebook,
+        phis: int,
+        phi_ratio: float = 0.5,
+        beta: float = 0.25,
+        rates: CodeRates | None = None,
+    ) -> None:
         super().__init__()
         self.embedding = codebook
         self.beta = beta
+        self.rates = rates
         channels = codebook.weight.shape[1]
         self.phis = nn.ModuleList(Phi(channels, phi_ratio) for _ in range(phis))
 
@@ -110,6 +123,12 @@ class MultiScaleQuantizer(nn.Module):
             h = self.phis[phi_index(level, len(schedule), len(self.phis))](h)
         return f_hat + h
 
+    def choose(self, residual: Tensor, level: int, schedule: Schedule) -> Tensor:
+        """The codes of a level for what is missing there: residual (B, n, D) -> ids (B, n)."""
+        if self.rates is None:
+            return self.embedding.nearest(residual)
+        return self.embedding.nearest(residual, self.rates.cost(level, len(schedule), residual.shape[-1]))
+
     def next_input(self, f_hat: Tensor, level: int, schedule: Schedule) -> Tensor:
         """What a generator is fed at `level`: the sum of the levels before it, (B, n, D)."""
         return self._area(f_hat, schedule.sides[level])
@@ -131,7 +150,7 @@ class MultiScaleQuantizer(nn.Module):
         f_hat = self.zeros(len(f), schedule) if f_hat is None else f_hat
         ids = []
         for level in range(start_level, len(schedule)):
-            chosen = self.embedding.nearest(self._area(f - f_hat, schedule.sides[level]))
+            chosen = self.choose(self._area(f - f_hat, schedule.sides[level]), level, schedule)
             ids.append(chosen if override is None else override(level, chosen))
             f_hat = self.accumulate(f_hat, level, self.lookup(ids[-1]), schedule)
         return torch.cat(ids, 1)
@@ -161,8 +180,12 @@ class MultiScaleQuantizer(nn.Module):
         ids, residuals = [], []
         for level, side in enumerate(schedule.sides):
             residuals.append(self._area(target - f_hat.detach(), side))
-            ids.append(self.embedding.nearest(residuals[-1]))
-            f_hat = self.accumulate(f_hat, level, self.lookup(ids[-1]), schedule)
+            ids.append(self.choose(residuals[-1], level, schedule))
+            codes = self.lookup(ids[-1])
+            if self.rates is not None and self.training:
+                errors = (residuals[-1] - codes.detach()).square().sum(-1)
+                self.rates.update(level, len(schedule), ids[-1], errors)
+            f_hat = self.accumulate(f_hat, level, codes, schedule)
             loss = loss + self.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, target)
         return Quantized(
             features=f + (f_hat - f).detach(),
@@ -207,18 +230,29 @@ class MultiScaleQuantizer(nn.Module):
 
 
 class QuantizedTokenizer(Tokenizer):
-    """Convolutional encoder and decoder around a quantizer; what multi-scale and single-scale VQ share."""
+    """Encoder and convolutional decoder around a quantizer; what multi-scale and single-scale VQ share.
+
+    kernel: that of the convolutions between features and codes. encoder: convolutional by default.
+    """
 
     def __init__(
-        self, conv: ConvConfig, quantizer: MultiScaleQuantizer, schedule: Schedule, kernel: int
+        self,
+        conv: ConvConfig,
+        quantizer: MultiScaleQuantizer,
+        schedule: Schedule,
+        kernel: int,
+        encoder: PatchEncoderConfig | None = None,
     ) -> None:
         super().__init__()
         channels = quantizer.codebook.shape[1]
         self.stride = conv.stride
         self.schedule = schedule
         self.quantizer = quantizer
-        self.encoder = Encoder(conv)
-        self.quant_conv = nn.Conv2d(conv.latent_channels, channels, kernel, padding=kernel // 2)
+        self.encoder: Encoder | PatchEncoder = (
+            Encoder(conv) if encoder is None else PatchEncoder(encoder, conv.stride, conv.latent_channels)
+        )
+        looks = kernel if encoder is None else 1  # past a patch-wise encoder nothing may mix patches either
+        self.quant_conv = nn.Conv2d(conv.latent_channels, channels, looks, padding=looks // 2)
         self.post_quant_conv = nn.Conv2d(channels, conv.latent_channels, kernel, padding=kernel // 2)
         self.decoder = Decoder(conv)
         for part in (self.encoder, self.quant_conv, self.post_quant_conv, self.decoder):
@@ -274,7 +308,8 @@ class QuantizedTokenizer(Tokenizer):
 class MultiScaleVQConfig:
     """The defaults are VAR's published tokenizer (108.9M parameters, stride 16).
 
-    `phi_sharing`: 0 one phi for each level, 1 one for all, n partially shared.
+    `phi_sharing`: 0 one phi for each level, 1 one for all, n partially shared. `rate`: how much the frequency of a code
+    counts in the choice (`varkit.tokenizers.rate`), 0 not at all. `encoder`: a patch-wise one in place of `conv`'s.
     """
 
     conv: ConvConfig = ConvConfig()
@@ -284,6 +319,8 @@ class MultiScaleVQConfig:
     phi_sharing: int = 4
     phi_ratio: float = 0.5
     beta: float = 0.25
+    rate: float = 0.0
+    encoder: PatchEncoderConfig | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -293,6 +330,10 @@ class MultiScaleVQConfig:
         for name, least in (("vocab_size", 2), ("code_channels", 1), ("phi_sharing", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.rate < 0:
+            raise UserError(
+                f"rate {self.rate} is below 0; 0 chooses by distance alone, 1 is a usual trade-off"
+            )
         if not 0 <= self.phi_ratio <= 1:
             raise UserError(f"phi_ratio {self.phi_ratio} is outside [0, 1]; 0.5 is VAR's")
 
@@ -311,8 +352,9 @@ class MultiScaleVQ(QuantizedTokenizer):
             phis=config.phi_sharing or len(schedule),
             phi_ratio=config.phi_ratio,
             beta=config.beta,
+            rates=CodeRates(len(schedule), config.vocab_size, config.rate) if config.rate else None,
         )
-        super().__init__(config.conv, quantizer, schedule, kernel=3)
+        super().__init__(config.conv, quantizer, schedule, kernel=3, encoder=config.encoder)
         self.config = config
 
     def canvas(self, batch: int, schedule: Schedule | None = None) -> "Canvas":

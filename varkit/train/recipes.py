@@ -16,6 +16,7 @@ from varkit.hub.pipeline import Settings
 from varkit.plans.schedule import Side
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
 
@@ -72,8 +73,8 @@ def scenes() -> Recipe:
 
     side: tuple[Side, ...] = PYRAMID_8
     tokenizer = MultiScaleVQConfig(
-        ConvConfig(64, multipliers=(1, 1, 2), res_blocks=1, latent_channels=32, attention=False, groups=8, patch=2),
-        vocab_size=1024, code_channels=16, schedule=side,
+        ConvConfig(128, multipliers=(1, 1), res_blocks=1, latent_channels=32, attention=False, groups=0, patch=4),
+        vocab_size=1024, code_channels=16, schedule=side, rate=1.0, encoder=PatchEncoderConfig(),
     )  # fmt: skip
     text = TextConfig(vocabulary=tuple(WORDS), length=24, width=128, depth=2, heads=4)
     generator = VARConfig(
@@ -91,14 +92,18 @@ def scenes() -> Recipe:
         "scenes",
         TokenizerRecipe(
             tokenizer,
-            TrainConfig(steps=5500, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
+            TrainConfig(
+                steps=8000, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16", channels_last=True
+            ),
             batch_size=16,
-            decoder=TrainConfig(steps=1300, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
+            decoder=TrainConfig(
+                steps=2000, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16", channels_last=True
+            ),
         ),
         GeneratorRecipe(
             generator,
             TrainConfig(minutes=42, lr=2e-3, dtype="bfloat16", final=0.02),
-            pictures=80_000,
+            pictures=160_000,
             settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
         ),
         prompts=(
