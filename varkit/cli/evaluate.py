@@ -15,10 +15,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from varkit.data.base import Dataset
+    from varkit.evaluate.features import Features
     from varkit.hub.pipeline import Pipeline, Settings
 
-NUMBERS = {"digits": 100, "reconstruction": 2000, "scenes": 300}
+NUMBERS = {"digits": 100, "fid": 2000, "reconstruction": 2000, "scenes": 300}
 """The suites, and their default --n."""
+
+OPTIONS = {
+    "data": ("fid", "reconstruction"),
+    "features": ("fid", "reconstruction"),
+    "resamples": ("fid", "reconstruction"),
+    "statistics": ("fid",),
+}
+"""The suites that options are for."""
 
 
 class Report(Protocol):
@@ -31,20 +40,29 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class Evaluate(Sampling):
-    """Measure a model: what its tokenizer loses, or whether its pictures show what was asked for."""
+    """Measure a model, or a folder of pictures: what is lost, is asked for in vain, or tells it from real pictures."""
 
     model: Positional[str]
-    """A bundled model, a saved folder, or a training's output folder."""
+    """A bundled model, a saved folder, or a training's output folder; for fid also a folder of pictures or an array."""
     suite: str
-    """reconstruction (PSNR, SSIM, codebook), scenes (captions of unseen scenes) or digits (read by a classifier)."""
+    """reconstruction (PSNR, SSIM, rFID, codebook), fid (FID, KID, precision, recall against --data), scenes (captions
+    of unseen scenes) or digits (read by a classifier)."""
     n: int | None = None
-    """Pictures (reconstruction, 2000), captions (scenes, 300), or pictures of each digit (digits, 100)."""
+    """Pictures (reconstruction, 2000; fid, 2000 of a model, all of a folder), captions (scenes, 300), or pictures of
+    each digit (digits, 100)."""
     seed: int = 0
-    """Seed of the pictures drawn."""
+    """Seed of the pictures drawn, and of resampling."""
     seeds: int = 1
     """For scenes: draw each caption with this many seeds, from --seed on."""
     data: str | None = None
-    """For reconstruction: a data set, folder or array file, whose held-out part is used; by default the model's own."""
+    """For reconstruction and fid: a data set, folder or array file, by default what the model was trained on.
+    reconstruction takes its held-out part, fid all of it; fid also takes an .npz of statistics."""
+    features: str = "small"
+    """The network by which fid and rFID compare: small, inception:PATH, or the path of a file of weights."""
+    resamples: int = 200
+    """Bootstrap resamples behind the intervals of fid and rFID; 0 gives none."""
+    statistics: Path | None = None
+    """For fid: also write the reference's statistics to this .npz, to be given as --data later."""
     json: bool = False
     """Print one JSON object."""
     sheet: Path | None = None
@@ -53,11 +71,14 @@ class Evaluate(Sampling):
     def __post_init__(self) -> None:
         if self.suite not in NUMBERS:
             raise unknown_name("suite", self.suite, NUMBERS)
-        for name, value, least in (("n", self.n, 1), ("seeds", self.seeds, 1), ("seed", self.seed, 0)):
+        for name, least in (("n", 1), ("seeds", 1), ("seed", 0), ("resamples", 0)):
+            value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name} is {value}; it must be at least {least}")
-        if self.data is not None and self.suite != "reconstruction":
-            raise UserError(f"--data is for the suite reconstruction; the suite {self.suite} brings its own")
+        for name, suites in OPTIONS.items():
+            if getattr(self, name) != getattr(type(self), name) and self.suite not in suites:
+                brings = "; the suite {self.suite} brings its own" if name == "data" else ""
+                raise UserError(f"--{name} is for the suite {' and '.join(suites)}{brings}".format(self=self))
         if self.seeds > 1 and self.suite != "scenes":
             raise UserError(f"--seeds is for the suite scenes; raise --n for the suite {self.suite}")
         if self.chosen() and self.suite == "reconstruction":
@@ -69,29 +90,37 @@ class Evaluate(Sampling):
         """Print the figures, and write the sheet."""
         if self.sheet is not None:
             ensure_writable(self.sheet)
-        from varkit.hub.pipeline import load
-
-        pipeline = load(self.model)
-        number = self.n or NUMBERS[self.suite]
         facts: dict[str, Any] = {"model": self.model, "suite": self.suite}
-        if self.suite == "reconstruction":
-            facts["data"], facts["part"], report = self._reconstruction(pipeline, number)
+        if self.suite == "fid":
+            facts, report = self._fid(facts)
         else:
-            settings = replace(pipeline.settings, **self.chosen())
-            facts |= {"seed": self.seed, "settings": asdict(settings)}
-            report = (self._scenes if self.suite == "scenes" else self._digits)(pipeline, number, settings)
+            facts, report = self._of_model(facts)
         if self.sheet is not None:
             with atomic_write(self.sheet) as part:
                 report.sheet().save(part)
             log(f"wrote {self.sheet}")
-        summary = report.summary()
+        facts |= report.summary()
         if self.json:
-            print_json(facts | summary)
+            print_json(facts)
         else:
-            print_table(*TABLES[self.suite](summary))
+            print_table(*TABLES[self.suite](facts))
 
-    def _reconstruction(self, pipeline: "Pipeline", number: int) -> tuple[str, str, Report]:
+    def _of_model(self, facts: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+        from varkit.hub.pipeline import load
+
+        pipeline = load(self.model)
+        number = self.n or NUMBERS[self.suite]
+        if self.suite == "reconstruction":
+            return self._reconstruction(pipeline, number, facts)
+        settings = replace(pipeline.settings, **self.chosen())
+        facts |= {"seed": self.seed, "settings": asdict(settings)}
+        return facts, (self._scenes if self.suite == "scenes" else self._digits)(pipeline, number, settings)
+
+    def _reconstruction(
+        self, pipeline: "Pipeline", number: int, facts: dict[str, Any]
+    ) -> tuple[dict[str, Any], Report]:
         from varkit.data.registry import open_dataset
+        from varkit.evaluate.distribution import Pairs
         from varkit.evaluate.reconstruction import has_ssim, pictures, reconstruct
 
         spec = self.data or _own_data(pipeline)
@@ -101,8 +130,79 @@ class Evaluate(Sampling):
         total = number if dataset.size is None else min(number, dataset.size)
         with progress("reconstructing", total) as advance:
             batches = pictures(dataset, pipeline.size, total)
-            report = reconstruct(pipeline.tokenizer, (_passing(batch, advance) for batch in batches))
-        return spec, part, report
+            watched = (_passing(batch, advance) for batch in batches)
+            if (features := self._rfid_features(total)) is None:
+                report, rfid = reconstruct(pipeline.tokenizer, watched), None
+            else:
+                pairs = Pairs(features)
+                report = reconstruct(pipeline.tokenizer, watched, pairs.add)
+                rfid = pairs.compare(self.resamples, self.seed).summary()
+        return facts | {"data": spec, "part": part, "rfid": rfid}, report
+
+    def _rfid_features(self, pictures: int) -> "Features | None":
+        """The features of rFID; None where there are none by default, or too few pictures for them."""
+        from varkit.evaluate.features import SMALL, load_features
+
+        if self.features == "small" and not SMALL.is_file():
+            log(
+                "rFID is left out: the default features are not part of this installation; give others by --features"
+            )
+            return None
+        features = load_features(self.features)
+        if pictures <= features.size:
+            log(
+                f"rFID is left out: {pictures} pictures are no more than the {features.size} numbers of a feature"
+            )
+            return None
+        return features
+
+    def _fid(self, facts: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+        from varkit.evaluate.distribution import evaluate_distribution
+        from varkit.evaluate.features import load_features
+        from varkit.evaluate.frechet import save_statistics
+        from varkit.evaluate.sources import Source, open_judged, open_pair
+
+        if self.statistics is not None:
+            ensure_writable(self.statistics)
+        features, judged = load_features(self.features), open_judged(self.model)
+        spec, settings = self._reference(judged), self._settings(judged)
+        side = (features.side, features.side)
+        samples, reference = open_pair(judged, spec, side, self.n, self.seed, settings)
+        facts |= {"data": spec, "size": list(samples.side), "seed": self.seed}
+        facts["settings"] = None if settings is None else asdict(settings)
+        sources = [source for source in (samples, reference) if isinstance(source, Source)]
+        if self.statistics is not None and len(sources) < 2:
+            raise UserError(
+                f"--statistics are of the pictures in --data, and {spec!r} holds statistics already"
+            )
+        with progress("reading pictures", sum(source.count for source in sources)) as advance:
+            report = evaluate_distribution(samples, reference, features, self.resamples, self.seed, advance)
+        if self.statistics is not None:
+            save_statistics(self.statistics, report.reference)
+            log(f"wrote {self.statistics}")
+        for source in sources:
+            if source.report.counts:
+                log(f"pictures: {source.report}")
+        for warning in report.comparison.warnings():
+            log(f"warning: {warning}")
+        return facts, report
+
+    def _reference(self, judged: "Pipeline | Dataset") -> str:
+        from varkit.hub.pipeline import Pipeline
+
+        if self.data is None and not isinstance(judged, Pipeline):
+            raise UserError(f"add --data: the real pictures that those of {self.model!r} are compared with")
+        return self.data or _own_data(judged)  # type: ignore[arg-type]
+
+    def _settings(self, judged: "Pipeline | Dataset") -> "Settings | None":
+        """How a model draws; nothing where pictures are given."""
+        from varkit.hub.pipeline import Pipeline
+
+        if isinstance(judged, Pipeline):
+            return replace(judged.settings, **self.chosen())
+        if self.chosen():
+            raise UserError(f"--{next(iter(self.chosen()))} is for drawing, and {self.model!r} is no model")
+        return None
 
     def _scenes(self, pipeline: "Pipeline", number: int, settings: "Settings") -> Report:
         from varkit.evaluate.scenes import evaluate_scenes
@@ -154,6 +254,11 @@ def _reconstruction_table(summary: dict[str, Any]) -> Table:
     ]
     if summary["ssim"] is not None:
         rows.append(("SSIM", f"{summary['ssim']:.4f}"))
+    if summary["rfid"] is not None:
+        rfid = summary["rfid"]
+        rows.append(
+            ("rFID", f"{_number(rfid['rfid']['value'])}{_between(rfid['rfid'])} ({rfid['features']})")
+        )
     named = [("codebook", summary["codebook"])] if summary["codebook"] else []
     named += [(f"level {k}", level) for k, level in enumerate(summary["levels"])]
     rows += [(name, f"usage {c['usage']:.1%}, perplexity {c['perplexity']:.1f}") for name, c in named]
@@ -183,4 +288,40 @@ def _digits_table(summary: dict[str, Any]) -> Table:
     ]
 
 
-TABLES = {"digits": _digits_table, "reconstruction": _reconstruction_table, "scenes": _scenes_table}
+TITLES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "inception score",
+}
+
+
+def _fid_table(summary: dict[str, Any]) -> Table:
+    floor = summary["floor"] or {}
+    resamples = f"{summary['resamples']} resamples" if summary["resamples"] else ""
+    rows: list[tuple[object, ...]] = [("features", summary["features"], resamples, "")]
+    sizes = [f"{s['pictures']} : {s['reference_pictures'] or '?'}" if s else "" for s in (summary, floor)]
+    rows.append(("pictures : reference", sizes[0], "", sizes[1]))
+    for name, title in TITLES.items():
+        if name in summary:
+            real = _number(floor[name]) if name in floor else ""
+            rows.append((title, _number(summary[name]["value"]), _between(summary[name]).strip(), real))
+    return ("figure", "value", "95 % interval", "real against real"), rows
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _between(figure: dict[str, Any]) -> str:
+    return "" if figure["interval"] is None else " [{:.4g}, {:.4g}]".format(*figure["interval"])
+
+
+TABLES = {
+    "digits": _digits_table,
+    "fid": _fid_table,
+    "reconstruction": _reconstruction_table,
+    "scenes": _scenes_table,
+}

@@ -6,6 +6,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from varkit.cli.console import log
+from varkit.errors import UserError
 from varkit.files import ensure_writable
 
 
@@ -14,7 +15,8 @@ class Train:
     """Train a tokenizer and a generator from a recipe or your own pictures."""
 
     recipe: Positional[str]
-    """A recipe (scenes, digits), a data set (emoji, photographs), a folder of pictures, or an .npy / .npz file."""
+    """A recipe (scenes, digits), a data set (emoji, photographs), a folder of pictures, or an .npy / .npz file;
+    `features` makes the network that `varkit evaluate --suite fid` compares pictures by."""
     out: Path
     """Folder for checkpoints, logs, sample grids and the finished model."""
     minutes: float | None = None
@@ -30,6 +32,8 @@ class Train:
 
     def run(self) -> None:
         """Train, and say where the model is."""
+        if self.recipe == "features":
+            return self._features()
         from varkit.train.recipes import find_recipe
         from varkit.train.run import Request, check_run, train_recipe
 
@@ -42,3 +46,12 @@ class Train:
         if dataset.report.counts:
             log(f"pictures: {dataset.report}")
         print(model)
+
+    def _features(self) -> None:
+        from varkit.train.features_task import train_features
+        from varkit.train.run import Request
+
+        if self.tokenizer is not None:
+            raise UserError("--tokenizer is for models; features are trained on pictures, without one")
+        request = Request(self.recipe, self.minutes, self.steps, seed=self.seed)
+        print(train_features(self.out, request, self.resume))

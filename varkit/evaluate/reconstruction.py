@@ -6,7 +6,7 @@ Legend: B batch, H W image.
 """
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -66,8 +66,12 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, images: Iterable[Tensor]) -> Reconstruction:
-    """Encode and decode batches (B, 3, H, W) in [-1, 1], and compare."""
+def reconstruct(
+    tokenizer: Tokenizer,
+    images: Iterable[Tensor],
+    watch: Callable[[Tensor, Tensor], None] = lambda batch, rebuilt: None,
+) -> Reconstruction:
+    """Encode and decode batches (B, 3, H, W) in [-1, 1], and compare; `watch` sees each and its reconstruction."""
     statistics: CodebookStatistics | None = None
     errors: list[float] = []
     similarities: list[float] = []
@@ -76,6 +80,7 @@ def reconstruct(tokenizer: Tokenizer, images: Iterable[Tensor]) -> Reconstructio
     for batch in images:
         latents = tokenizer.encode(batch)
         rebuilt = tokenizer.decode(latents)
+        watch(batch, rebuilt)
         if "ids" in latents:
             statistics = statistics or CodebookStatistics(_vocabulary(tokenizer), tokenizer.schedule)
             statistics.update(latents["ids"])
