@@ -126,7 +126,7 @@ def tokens() -> Tokens:
     """Random ids and labels: speed does not depend on them."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCABULARY, (PICTURES, TOKENS)).astype(np.int32)
-    return Tokens(ids, rng.integers(0, CLASSES, PICTURES), None)
+    return Tokens({"ids": ids}, rng.integers(0, CLASSES, PICTURES))
 
 
 def ours(dtype: str) -> Step:
@@ -150,7 +150,7 @@ def published(folder: Path, dtype: str) -> Step:
     """The step of the published trainer, over the same tokens."""
     vae, var = _published_models(folder)
     data = tokens()
-    ids, labels = torch.from_numpy(data.ids).long(), torch.from_numpy(data.labels)
+    ids, labels = torch.from_numpy(data.latents["ids"]).long(), torch.from_numpy(data.labels)
     sizes = list(Schedule.parse(SCHEDULE).lengths)
     groups = [
         {"params": [p for n, p in var.named_parameters() if decays(n, p) is yes], "weight_decay": 0.05 * yes}

@@ -84,7 +84,7 @@ def constant_tokens(positions: int, items: int = 32) -> Tokens:
     rng = np.random.default_rng(0)
     table = rng.integers(0, 24, (5, positions)).astype(np.int32)
     labels = np.arange(items) % 5
-    return Tokens(table[labels], labels.astype(np.int64), None)
+    return Tokens({"ids": table[labels]}, labels.astype(np.int64))
 
 
 @pytest.mark.parametrize("name", ["var-class", "llamagen-class"])
@@ -114,7 +114,7 @@ def test_each_epoch_takes_every_item_once():
     rows = [task._row(i, 0) for i in range(64)]
     assert sorted(rows[:32]) == list(range(32)) == sorted(rows[32:]) and rows[:32] != rows[32:]
     again = NextStepTask(parts, tokens, tokens, batch_size=8, recipe={})
-    assert torch.equal(again.batch(5, 0)[0], task.batch(5, 0)[0])
+    assert torch.equal(again.batch(5, 0)[0]["ids"], task.batch(5, 0)[0]["ids"])
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "decoder"])

@@ -5,7 +5,8 @@ prompts and the released sizes come with the published-checkpoints work.
 Legend: R branches, B samples, N = R x B, L slots, C width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 from varkit.errors import UserError
 from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig
+from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.attention import Window
 from varkit.nn.llama import LlamaBlock, llama_hidden
 from varkit.nn.ports import Ports, port_at, through
 from varkit.nn.rope import Rotary, rotary_angles
+from varkit.plans.raster import RasterConfig
+from varkit.plans.schedule import Schedule
 from varkit.plans.step import Step
+from varkit.tokenizers.vq import VQConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class LlamaGenConfig:
                 f"width {self.width} over {self.heads} heads does not give a head width that is a multiple of 4, "
                 "which 2-D rotary positions need; change one of them"
             )
+
+    def fitted(self, tokenizer: VQConfig) -> dict[str, Any]:
+        """Generator, and the head and plan beside it, for a tokenizer's codes and grid."""
+        config = replace(self, vocab_size=tokenizer.vocab_size)
+        head = CategoricalConfig(config.width, tokenizer.vocab_size, bias=False, init_scale=0.0)
+        return {"generator": config, "head": head, "plan": RasterConfig(Schedule.of(tokenizer.grid).last)}
 
     def build(self) -> "LlamaGen":
         """The network, initialised as published."""

@@ -7,7 +7,7 @@ Legend: R branches, B samples, N = R x B, L slots, C width, D condition width (=
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ from varkit.errors import UserError
 from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, TextCondition
 from varkit.generators.text import TextConfig
+from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.adaln import AdaLNBlock, BlockConfig, modulate
 from varkit.nn.attention import Window
 from varkit.nn.linear import Linear
 from varkit.nn.ports import Ports, port_at, through
+from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 from varkit.plans.step import Step
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class VARConfig:
             "shared_modulation": depth >= 36,
         }
         return cls(depth=depth, schedule=schedule, **(defaults | rest))
+
+    def fitted(self, tokenizer: MultiScaleVQConfig) -> dict[str, Any]:
+        """Generator, and the head and plan beside it, for a tokenizer's codes and schedule."""
+        config = replace(self, schedule=tokenizer.schedule, code_width=tokenizer.code_channels)
+        head = CategoricalConfig(config.width, tokenizer.vocab_size)
+        return {"generator": config, "head": head, "plan": ScalesConfig(tokenizer.schedule)}
 
     def build(self) -> "VAR":
         """The network, initialised as published."""

@@ -17,7 +17,7 @@ from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.heads.base import Head
 from varkit.plans.base import StaticPlan
-from varkit.tokenizers.base import Tokenizer
+from varkit.tokenizers.base import Latents, Tokenizer
 from varkit.train.objective import NextStepLoss, Progressive
 from varkit.train.task import Phase, Task
 from varkit.train.tokens import Tokens
@@ -61,8 +61,8 @@ class NextStepTask(Task):
         self._steps = {len(parts.plan.steps): parts.plan.training_step()}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
-    def batch(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids (B, L) and the condition (B, ...): each epoch goes once through a seeded permutation."""
+    def batch(self, step: int, micro: int) -> tuple[Latents, dict[str, Tensor]]:
+        """Latents (B, L, ...) and the condition (B, ...): each epoch goes once through a seeded permutation."""
         rows = [self._row(step * self.batch_size + i, micro) for i in range(self.batch_size)]
         return self._take(self.tokens, np.array(rows))
 
@@ -76,21 +76,21 @@ class NextStepTask(Task):
             )
         return int(self._order[1][place])
 
-    def _take(self, tokens: Tokens, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        ids = torch.from_numpy(np.asarray(tokens.ids[rows], dtype=np.int64))
+    def _take(self, tokens: Tokens, rows: np.ndarray) -> tuple[Latents, dict[str, Tensor]]:
+        latents = tokens.take(rows)
         config = self.objective.generator.config.condition  # type: ignore[union-attr]
         if isinstance(config, TextConfig):
             assert tokens.captions is not None, "a text model is trained on captioned pictures"
-            return ids, {"text": config.encode([tokens.captions[i] for i in rows], tight=True)}
+            return latents, {"text": config.encode([tokens.captions[i] for i in rows], tight=True)}
         assert isinstance(config, ClassConfig)
         labels = np.zeros(len(rows), np.int64) if tokens.labels is None else tokens.labels[rows]
-        return ids, {"label": torch.from_numpy(labels)}
+        return latents, {"label": torch.from_numpy(labels)}
 
     def loss(
-        self, phase: str, batch: tuple[Tensor, dict[str, Tensor]], step: int
+        self, phase: str, batch: tuple[Latents, dict[str, Tensor]], step: int
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Mean cross-entropy (nats) over the plan's targets."""
-        ids, condition = batch
+        """Mean loss over the plan's targets, in nats where the head has a likelihood."""
+        latents, condition = batch
         levels, newest = (
             (len(self.plan.steps), 1.0) if self.progressive is None else self.progressive.at(step)
         )
@@ -101,7 +101,7 @@ class NextStepTask(Task):
             weights = torch.ones(self._steps[levels].target.shape[-1])
             weights[-self.plan.steps[levels - 1].target.shape[-1] :] = newest
         total = self._steps[len(self.plan.steps)].target.shape[-1]
-        loss = self.objective(self._filled(ids), self._steps[levels], condition, total, weights)
+        loss = self.objective(self._filled(latents), self._steps[levels], condition, total, weights)
         return loss, {"loss": loss.item()}
 
     @torch.no_grad()
@@ -110,8 +110,8 @@ class NextStepTask(Task):
         step, losses = self._steps[len(self.plan.steps)], []
         for start in range(0, min(512, len(self.held_out)), 64):
             rows = np.arange(start, min(start + 64, len(self.held_out)))
-            ids, condition = self._take(self.held_out, rows)
-            losses.append(self.objective.losses(self._filled(ids), step, condition))
+            latents, condition = self._take(self.held_out, rows)
+            losses.append(self.objective.losses(self._filled(latents), step, condition))
         each = torch.cat(losses).mean(dim=0)
         result = {"loss": each.mean().item()}
         if len(self.plan.steps) <= 16:
@@ -123,7 +123,7 @@ class NextStepTask(Task):
         """A grid of pictures, if the caller knows how to draw them."""
         return None if self.draw is None else self.draw()
 
-    def _filled(self, ids: Tensor) -> Canvas:
-        canvas = self.tokenizer.canvas(len(ids))
-        canvas.fill({"ids": ids})
+    def _filled(self, latents: Latents) -> Canvas:
+        canvas = self.tokenizer.canvas(len(next(iter(latents.values()))))
+        canvas.fill(latents)
         return canvas

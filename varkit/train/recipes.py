@@ -10,6 +10,7 @@ from varkit.data.folder import ImageFolder
 from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
 from varkit.generators.conditioning import ClassConfig
+from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
@@ -17,6 +18,7 @@ from varkit.plans.schedule import Side
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
+from varkit.tokenizers.vq import VQConfig
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
 
@@ -28,7 +30,7 @@ class TokenizerRecipe:
     decoder: how its decoder goes on alone afterwards, for the squared error; with `--minutes`, a fifth of the share.
     """
 
-    config: MultiScaleVQConfig
+    config: MultiScaleVQConfig | VQConfig
     train: TrainConfig
     loss: TokenizerLossConfig = TokenizerLossConfig()
     batch_size: int = 32
@@ -43,7 +45,7 @@ class GeneratorRecipe:
     progressive: the part of the run by which all scales have joined (VAR's progressive training); 0 trains all at once.
     """
 
-    config: VARConfig
+    config: VARConfig | LlamaGenConfig
     train: TrainConfig
     batch_size: int = 64
     pictures: int = 4096

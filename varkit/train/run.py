@@ -17,13 +17,12 @@ from PIL import Image
 from varkit.data.base import Dataset
 from varkit.errors import UserError
 from varkit.files import StrPath, write_json
-from varkit.heads.categorical import CategoricalConfig
 from varkit.hub.config import to_json
 from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
 from varkit.pictures import grid
-from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+from varkit.tokenizers.vq import VQ
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.objective import Progressive
@@ -33,6 +32,7 @@ from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens, encode
 
 Say = Callable[[str], None]
+AnyTokenizer = MultiScaleVQ | VQ
 HELD_OUT = 512
 
 
@@ -77,7 +77,7 @@ def train_recipe(
     """
     root = Path(out)
     check_run(root, request, resume)
-    given = _given_tokenizer(request.tokenizer) if request.tokenizer else None
+    given = _given_tokenizer(request.tokenizer, type(recipe.tokenizer.config)) if request.tokenizer else None
     if not resume:
         root.mkdir(parents=True, exist_ok=True)
         write_json(root / "request.json", asdict(request))
@@ -134,20 +134,22 @@ def _begun_with(root: Path) -> dict[str, Any]:
         raise UserError(f"{str(record)!r} is damaged ({error}); start a new training") from error
 
 
-def _given_tokenizer(folder: str) -> MultiScaleVQ:
+def _given_tokenizer(folder: str, kind: type) -> AnyTokenizer:
+    """The tokenizer in a trained model's folder; its configuration must be a `kind`."""
     root = Path(folder)
     loaded = load_parts(root / "model" if (root / "model").is_dir() else root)
     tokenizer = loaded.built.get("tokenizer")
-    if not isinstance(tokenizer, MultiScaleVQ):
+    if not isinstance(getattr(tokenizer, "config", None), kind):
+        wanted = kind.__name__.removesuffix("Config")
         raise UserError(
-            f"the folder {folder!r} has no multi-scale tokenizer; give the folder of a trained model"
+            f"the folder {folder!r} has no {wanted} tokenizer, which the recipe needs; give that of a model with one"
         )
-    return tokenizer
+    return tokenizer  # type: ignore[return-value]
 
 
 def _train_tokenizer(
     request: Request, recipe: Recipe, dataset: Dataset, root: Path, share: float, say: Say
-) -> MultiScaleVQ:
+) -> AnyTokenizer:
     part = recipe.tokenizer
     tokenizer = part.config.build()
     settings = {
@@ -174,7 +176,7 @@ def _train_tokenizer(
 def _train_generator(
     request: Request,
     recipe: Recipe,
-    tokenizer: MultiScaleVQ,
+    tokenizer: AnyTokenizer,
     tokens: Tokens,
     held_out: Tokens,
     root: Path,
@@ -182,24 +184,16 @@ def _train_generator(
     say: Say,
 ) -> tuple[Pipeline, Result]:
     part = recipe.generator
-    config = replace(
-        part.config, schedule=tokenizer.config.schedule, code_width=tokenizer.config.code_channels
-    )
-    head_config = CategoricalConfig(config.width, tokenizer.config.vocab_size)
-    plan_config = ScalesConfig(tokenizer.config.schedule)
+    configs = part.config.fitted(tokenizer.config)  # type: ignore[arg-type]
     torch.manual_seed(request.seed + 1)
-    generator, head, plan = config.build(), head_config.build(), plan_config.build()
-    configs: dict[str, Any] = {
-        "tokenizer": tokenizer.config,
-        "generator": config,
-        "head": head_config,
-        "plan": plan_config,
-    }
-    built = {"tokenizer": tokenizer, "generator": generator, "head": head, "plan": plan}
-    pipeline = Pipeline(built, configs, part.settings)
+    built = {name: config.build() for name, config in configs.items()}
+    generator, head, plan = built["generator"], built["head"], built["plan"]
+    pipeline = Pipeline(
+        {"tokenizer": tokenizer} | built, {"tokenizer": tokenizer.config} | configs, part.settings
+    )
     settings = {
         "recipe": recipe.name,
-        "generator": to_json(config),
+        "generator": to_json(configs["generator"]),
         "batch_size": part.batch_size,
         "pictures": len(tokens),
     }

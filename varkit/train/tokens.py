@@ -15,31 +15,41 @@ import torch
 from varkit.data.base import Dataset
 from varkit.files import atomic_folder
 from varkit.pictures import to_tensor
-from varkit.tokenizers.base import Tokenizer
+from varkit.tokenizers.base import Latents, Tokenizer
 
 Progress = Callable[[int, int], None]
+LABELS = "labels"
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """ids (N, L) int32; labels (N,) int64 or None; captions N strings or None."""
+    """latents by name (N, L, ...), integers as int32; labels (N,) int64 or None; captions N strings or None."""
 
-    ids: np.ndarray
-    labels: np.ndarray | None
-    captions: list[str] | None
+    latents: dict[str, np.ndarray]
+    labels: np.ndarray | None = None
+    captions: list[str] | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(next(iter(self.latents.values())))
 
     @classmethod
     def load(cls, folder: Path) -> "Tokens":
-        """Read what `encode` wrote; ids stay on disk, mapped."""
-        labels, captions = folder / "labels.npy", folder / "captions.json"
+        """Read what `encode` wrote; latents stay on disk, mapped."""
+        labels, captions = folder / f"{LABELS}.npy", folder / "captions.json"
         return cls(
-            np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False),
+            {
+                path.stem: np.load(path, mmap_mode="r", allow_pickle=False)
+                for path in sorted(folder.glob("*.npy"))
+                if path.stem != LABELS
+            },
             np.load(labels, allow_pickle=False) if labels.exists() else None,
             json.loads(captions.read_text()) if captions.exists() else None,
         )
+
+    def take(self, rows: np.ndarray) -> Latents:
+        """The latents of some items, (B, L, ...), integers as int64."""
+        taken = {name: torch.from_numpy(np.array(values[rows])) for name, values in self.latents.items()}
+        return {name: t if t.is_floating_point() else t.long() for name, t in taken.items()}
 
 
 @torch.no_grad()
@@ -56,13 +66,15 @@ def encode(
         return Tokens.load(folder)
     side = tokenizer.image_size()
     size = dataset.size
-    ids, labels, captions = [], [], []
+    latents: dict[str, list[np.ndarray]] = {}
+    labels, captions = [], []
     for start in range(0, count, 64):
         numbers = np.arange(start, min(count, start + 64))
         rows = numbers if size is None else numbers % size
         crops = np.random.default_rng([seed, start]).random((len(rows), 2))
         batch = dataset.batch(rows.tolist(), side, crops)
-        ids.append(tokenizer.encode(to_tensor(batch.images))["ids"].int().numpy())
+        for name, t in tokenizer.encode(to_tensor(batch.images)).items():
+            latents.setdefault(name, []).append((t if t.is_floating_point() else t.int()).numpy())
         if batch.labels is not None:
             labels.append(batch.labels)
         if batch.captions is not None:
@@ -70,9 +82,10 @@ def encode(
         if progress is not None:
             progress(min(count, start + 64), count)
     with atomic_folder(folder) as temporary:
-        np.save(temporary / "ids.npy", np.concatenate(ids))
+        for name, parts in latents.items():
+            np.save(temporary / f"{name}.npy", np.concatenate(parts))
         if labels:
-            np.save(temporary / "labels.npy", np.concatenate(labels))
+            np.save(temporary / f"{LABELS}.npy", np.concatenate(labels))
         if captions:
             (temporary / "captions.json").write_text(json.dumps(captions))
     return Tokens.load(folder)
