@@ -21,8 +21,8 @@ import torch
 
 import varkit
 from varkit.cli.console import print_table
-from varkit.cli.version import hardware
 from varkit.generators.conditioning import ClassConfig
+from varkit.hardware import hardware
 from varkit.hub.pipeline import Pipeline
 
 CAPTION = "a red circle"

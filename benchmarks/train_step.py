@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.cli.console import log, print_table
-from varkit.cli.version import hardware
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
+from varkit.hardware import hardware
 from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.linear import convolution_linear
 from varkit.plans.scales import ScalesConfig

@@ -16,6 +16,8 @@ from varkit.hub.pipeline import Pipeline, Settings
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.train.recipes import GeneratorRecipe, Recipe, TokenizerRecipe
+from varkit.train.task import TrainConfig
 
 SCHEDULE = (1, 2, 3)
 CLASSES = ("cat", "dog", "owl")
@@ -37,6 +39,20 @@ def tiny_pipeline(condition: ClassConfig | TextConfig, seed: int = 0, **changes:
     torch.manual_seed(seed)
     parts = {name: config.build() for name, config in configs.items()}  # type: ignore[attr-defined]
     return Pipeline(parts, configs, Settings(guidance=2.0), {"data": "none"})
+
+
+def tiny_recipe() -> Recipe:
+    """Digits at 6 x 6 pixels, trained for as short as can be."""
+    conv = ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False)
+    briefly = TrainConfig(minutes=1e-3)
+    generator = VARConfig(2, WIDTH, 4, SCHEDULE, CODE_WIDTH, ClassConfig(10))
+    return Recipe(
+        "tiny",
+        "digits",
+        TokenizerRecipe(MultiScaleVQConfig(conv, CODES, CODE_WIDTH, SCHEDULE), briefly, batch_size=4),
+        GeneratorRecipe(generator, briefly, batch_size=4, pictures=32),
+        prompts=(0, 1),
+    )
 
 
 @pytest.fixture(scope="session")

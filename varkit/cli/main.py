@@ -65,6 +65,7 @@ COMMANDS: dict[str, str] = {
     "edit": "varkit.cli.edit:Edit",
     "evaluate": "varkit.cli.evaluate:Evaluate",
     "generate": "varkit.cli.generate:Generate",
+    "reproduce": "varkit.cli.reproduce:Reproduce",
     "systems": "varkit.cli.systems:Systems",
     "train": "varkit.cli.train:Train",
     "verify": "varkit.cli.verify:Verify",

@@ -4,11 +4,11 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from varkit import __version__
 from varkit.cli.console import print_json
+from varkit.hardware import hardware
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,6 @@ class Version:
             print("\n".join(f"{name}: {value or 'not installed'}" for name, value in _flat(facts)))
 
 
-def hardware() -> dict[str, Any]:
-    """The processor, its cores, the memory and the system, as far as the system tells."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
 def _installed(package: str) -> str | None:
     try:
         return version(package)
@@ -55,21 +45,6 @@ def _threads() -> int:
     if asked.isdigit():
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    if not hasattr(os, "sysconf"):
-        return None
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def _flat(facts: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -1,0 +1,118 @@
+"""Models that experiments train once and share, each in a folder named after all that made it.
+
+The address is a hash of the recipe, the seed and the tokenizer's own address, so ten experiments that need the same
+base train it once, and a changed recipe never meets an old model. Trainings resume where they stopped.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from varkit.errors import UserError
+
+if TYPE_CHECKING:
+    from varkit.hub.pipeline import Pipeline
+    from varkit.train.recipes import Recipe
+
+Say = Callable[[str], None]
+ENVIRONMENT = "VARKIT_CACHE"
+GENERATION = 1
+"""Raised when training itself changes so much that older models should not be compared with newer ones."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that a recipe makes from a seed; with `tokenizer`, over that model's tokenizer."""
+
+    recipe: "Recipe"
+    seed: int = 0
+    tokenizer: "Trained | None" = None
+
+    @cached_property
+    def address(self) -> str:
+        """16 hexadecimal digits of everything that makes the model."""
+        made_of = {
+            "generation": GENERATION,
+            "recipe": _described(self.recipe),
+            "seed": self.seed,
+            "tokenizer": self.tokenizer and self.tokenizer.address,
+        }
+        text = json.dumps(made_of, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def minutes(self) -> float:
+        """How long its training takes, without that of another model whose tokenizer it uses."""
+        stages = [self.recipe.generator.train]
+        if self.tokenizer is None:
+            stages += [
+                s for s in (self.recipe.tokenizer.train, self.recipe.tokenizer.decoder) if s is not None
+            ]
+        assert all(stage.minutes for stage in stages), f"recipe {self.recipe.name!r} must say its minutes"
+        return sum(stage.minutes or 0.0 for stage in stages)
+
+
+class Store:
+    """The folder of trained models."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def default(cls) -> "Store":
+        """$VARKIT_CACHE, or varkit in the user's cache folder."""
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return cls(Path(os.environ.get(ENVIRONMENT) or Path(base) / "varkit"))
+
+    def run(self, model: Trained) -> Path:
+        """The training's folder, there or not."""
+        return self.folder / "models" / f"{model.recipe.name}-{model.address}"
+
+    def has(self, model: Trained) -> bool:
+        """Whether the model is finished."""
+        return (self.run(model) / "model" / "config.json").is_file()
+
+    def missing(self, models: Iterable[Trained]) -> list[Trained]:
+        """What has to be trained for them, tokenizers first, each once."""
+        wanted: dict[str, Trained] = {}
+        for model in models:
+            for needed in filter(None, (model.tokenizer, model)):
+                if not self.has(needed):
+                    wanted.setdefault(needed.address, needed)
+        return list(wanted.values())
+
+    def train(self, model: Trained, say: Say) -> None:
+        """Train the model, going on where an interrupted training stopped."""
+        from varkit.data.registry import open_dataset
+        from varkit.train.run import Request, train_recipe
+
+        tokenizer = None if model.tokenizer is None else str(self.run(model.tokenizer))
+        request = Request(model.recipe.name, tokenizer=tokenizer, seed=model.seed)
+        folder = self.run(model)
+        begun = (folder / "request.json").is_file()
+        train_recipe(request, model.recipe, open_dataset(model.recipe.dataset), folder, begun, say)
+
+    def load(self, model: Trained) -> "Pipeline":
+        """The finished model. Raises `UserError` when there is none."""
+        from varkit.hub.pipeline import load
+
+        if not self.has(model):
+            raise UserError(
+                f"the model {model.recipe.name!r} ({model.address}) is not trained yet; add --train"
+            )
+        return load(str(self.run(model)))
+
+
+def _described(recipe: "Recipe") -> dict[str, Any]:
+    """A recipe as JSON, with the names of its parts' kinds: two kinds may have the same fields."""
+    kinds = {
+        "tokenizer": type(recipe.tokenizer.config).__name__,
+        "generator": type(recipe.generator.config).__name__,
+        "condition": type(recipe.generator.config.condition).__name__,
+    }
+    return {"kinds": kinds, **asdict(recipe)}
