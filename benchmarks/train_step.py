@@ -1,11 +1,12 @@
 """Speed of a training step of VAR (arXiv 2404.02905): ours, the published one's, and the machine's limit.
 
-    python benchmarks/train_step.py [--dtype float32|bfloat16|both] [--published DIR] [--rounds N] [--json-only]
+    python benchmarks/train_step.py [--dtype float32|bfloat16|both] [--compile] [--published DIR] [--rounds N]
 
 One step is everything the trainer does with a batch of tokens but logging: inputs from tokens, forward, backward,
 clipping, AdamW; ours also averages the weights and cares for non-finite steps. DIR is a checkout of
 FoundationVision/VAR, which is not bundled; its step is that of its trainer without the accuracies it logs, under
-autocast in bfloat16 as there. Rounds alternate between the two, so that both meet the same machine; medians are shown.
+autocast in bfloat16 as there. `--compile` adds our step with compiled blocks and losses. Rounds alternate between them,
+so that all meet the same machine; medians are shown.
 The limit is the time that the matrix products alone take by the fastest kernel for each. The last line is JSON.
 Legend: N rows (pictures x tokens), I inputs, O outputs of a linear.
 """
@@ -68,7 +69,7 @@ def main() -> None:
     """Measure, print a table, and one line of JSON."""
     options = _options()
     names = ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]
-    results = {name: measure(name, options.published, options.rounds) for name in names}
+    results = {name: measure(name, options) for name in names}
     if not options.json_only:
         print(", ".join(f"{k} {v}" for k, v in CONFIG.items()))
         print_table(*_table(results))
@@ -76,27 +77,33 @@ def main() -> None:
     print(json.dumps({"what": "train_step", "config": CONFIG, "results": results} | facts))
 
 
-def measure(dtype: str, published_folder: Path | None, rounds: int) -> dict[str, Any]:
-    """Both steps in one dtype, and the limit."""
+def measure(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Every step in one dtype, and the limit."""
     log(f"{dtype}: the machine's limit")
     kernels = limit(getattr(torch, dtype))
     steps: dict[str, Step] = {"ours": ours(dtype)}
-    if published_folder is not None:
-        steps["published"] = published(published_folder, dtype)
-    log(f"{dtype}: {rounds} rounds of {' and '.join(steps)}")
-    seconds = alternate(steps, rounds)
+    if options.compile:
+        steps["compiled"] = ours(dtype, compiled=True)
+    if options.published is not None:
+        steps["published"] = published(options.published, dtype)
+    log(f"{dtype}: {options.rounds} rounds of {', '.join(steps)}")
+    seconds = alternate(steps, options.rounds)
     best = sum(kernel["seconds"] for kernel in kernels.values())
     work = BATCH * flops()
     linear_work = 3 * sum(2 * BATCH * TOKENS * i * o * count for i, o, count in LINEARS.values())
     result: dict[str, Any] = {
-        name: {"seconds": s, "pictures_per_second": BATCH / s, "gflops_per_second": work / s / 1e9}
+        name: {
+            "seconds": s,
+            "pictures_per_second": BATCH / s,
+            "gflops_per_second": work / s / 1e9,
+            "fraction_of_limit": work / s / (linear_work / best),
+            "ratio": seconds["published"] / s if "published" in seconds else None,
+        }
         for name, s in seconds.items()
     }
     return result | {
-        "ratio": seconds["published"] / seconds["ours"] if "published" in seconds else None,
         "flops_per_picture": flops(),
         "limit": {"gflops_per_second": linear_work / best / 1e9, "kernels": kernels},
-        "fraction_of_limit": work / seconds["ours"] / (linear_work / best),
     }
 
 
@@ -129,7 +136,7 @@ def tokens() -> Tokens:
     return Tokens({"ids": ids}, rng.integers(0, CLASSES, PICTURES))
 
 
-def ours(dtype: str) -> Step:
+def ours(dtype: str, compiled: bool = False) -> Step:
     """The trainer's step on a generator over tokens."""
     torch.manual_seed(0)
     conv = ConvConfig(
@@ -142,7 +149,8 @@ def ours(dtype: str) -> Step:
     head = CategoricalConfig(WIDTH, VOCABULARY)
     parts = Forced(tokenizer.build(), generator.build(), head.build(), ScalesConfig(SCHEDULE).build())
     data = tokens()
-    trainer = Trainer(NextStepTask(parts, data, data, BATCH, {}), TrainConfig(steps=10_000, dtype=dtype))
+    config = TrainConfig(steps=10_000, dtype=dtype, compile=compiled)
+    trainer = Trainer(NextStepTask(parts, data, data, BATCH, {}), config)
     return lambda: trainer.step(10_000)
 
 
@@ -256,13 +264,14 @@ def _fastest(call: Callable[[], Any], tries: int = 5) -> float:
 def _table(results: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = []
     for dtype, result in results.items():
-        ratio = "" if result["ratio"] is None else f"{result['ratio']:.2f}"
-        for name in ("ours", "published"):
+        for name in ("ours", "compiled", "published"):
             if name in result:
-                speed, rate = result[name]["pictures_per_second"], result[name]["gflops_per_second"]
-                fraction = f"{result['fraction_of_limit']:.0%}" if name == "ours" else ""
-                mine = ratio if name == "ours" else ""
-                rows.append((dtype, name, f"{speed:.1f}", f"{rate:.0f}", fraction, mine))
+                found = result[name]
+                speed, rate = found["pictures_per_second"], found["gflops_per_second"]
+                ratio = "" if found["ratio"] is None else f"{found['ratio']:.2f}"
+                rows.append(
+                    (dtype, name, f"{speed:.1f}", f"{rate:.0f}", f"{found['fraction_of_limit']:.0%}", ratio)
+                )
         rows.append((dtype, "limit", "", f"{result['limit']['gflops_per_second']:.0f}", "", ""))
     return ("dtype", "step", "pictures/s", "GFLOP/s", "of the limit", "times published"), rows
 
@@ -270,6 +279,7 @@ def _table(results: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[tu
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
+    parser.add_argument("--compile", action="store_true", help="measure our compiled step too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--published", type=Path, help="a checkout of FoundationVision/VAR")
     parser.add_argument("--json-only", action="store_true")

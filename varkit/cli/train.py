@@ -29,6 +29,8 @@ class Train:
     """Go on with the training in --out where it stopped."""
     seed: int = 0
     """Seed of everything random."""
+    compile: bool = False
+    """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 
     def run(self) -> None:
         """Train, and say where the model is."""
@@ -38,7 +40,7 @@ class Train:
         from varkit.train.run import Request, check_run, train_recipe
 
         tokenizer = None if self.tokenizer is None else str(self.tokenizer)
-        request = Request(self.recipe, self.minutes, self.steps, tokenizer, self.seed)
+        request = Request(self.recipe, self.minutes, self.steps, tokenizer, self.seed, self.compile)
         check_run(self.out, request, self.resume)
         ensure_writable(self.out / "request.json")
         recipe, dataset = find_recipe(self.recipe)
@@ -53,5 +55,5 @@ class Train:
 
         if self.tokenizer is not None:
             raise UserError("--tokenizer is for models; features are trained on pictures, without one")
-        request = Request(self.recipe, self.minutes, self.steps, seed=self.seed)
+        request = Request(self.recipe, self.minutes, self.steps, seed=self.seed, compile=self.compile)
         print(train_features(self.out, request, self.resume))

@@ -44,6 +44,8 @@ class CategoricalConfig:
 class CategoricalHead(Head):
     """Linear to V logits; sampling without a picker is arg-max. Guidance and probabilities are float32 in any dtype."""
 
+    compilable = ("row_losses",)
+
     def __init__(self, width: int, vocab_size: int, bias: bool = True, init_scale: float = 0.02) -> None:
         super().__init__()
         self.vocab_size = vocab_size
@@ -61,8 +63,11 @@ class CategoricalHead(Head):
     def log_prob(self, h: Tensor, ids: Tensor) -> Tensor:
         """log p(ids), natural logarithm; h (..., C), ids (...) -> (...)."""
         rows = zip(h.flatten(0, -2).split(ROWS), ids.flatten().split(ROWS), strict=True)
-        losses = [F.cross_entropy(self.logits(x).float(), y, reduction="none") for x, y in rows]
-        return -torch.cat(losses).view(ids.shape)
+        return -torch.cat([self.row_losses(x, y) for x, y in rows]).view(ids.shape)
+
+    def row_losses(self, h: Tensor, ids: Tensor) -> Tensor:
+        """-log p(ids) of a few rows, h (N, C), ids (N,) -> (N,)."""
+        return F.cross_entropy(self.logits(h).float(), ids, reduction="none")
 
     def loss(self, h: Tensor, targets: dict[str, Tensor], draws: dict[str, Tensor] | None = None) -> Tensor:
         return -self.log_prob(h, targets["ids"])

@@ -58,6 +58,8 @@ class AdaLNBlock(nn.Module):
     all blocks plus a learned offset of the block's own.
     """
 
+    compilable = ("forward",)
+
     def __init__(self, config: BlockConfig, condition_width: int, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         width = config.width

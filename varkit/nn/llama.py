@@ -32,6 +32,8 @@ def llama_hidden(width: int, multiple_of: int = 256) -> int:
 class LlamaBlock(nn.Module):
     """x += Attn(RMS(x)); x += SwiGLU(RMS(x)), with dropout on both branches."""
 
+    compilable = ("forward",)
+
     def __init__(
         self,
         width: int,

@@ -98,7 +98,7 @@ class TrainConfig:
     warmup: steps (an integer), or a part of the run (a float below 1; VAR's is 0.02). final: the learning rate at the
     end, as a fraction of `lr`. accumulation: micro-batches in a step. ema: decay of the averaged weights, which ramps
     up from 0.1. clip: largest gradient norm, 0 for none. A checkpoint is due every `checkpoint_every` steps and every
-    `checkpoint_minutes`.
+    `checkpoint_minutes`. compile: `torch.compile` for what modules name as `compilable`; it needs a C++ compiler.
     """
 
     steps: int | None = None
@@ -114,6 +114,7 @@ class TrainConfig:
     ema: float = 0.999
     dtype: str = "float32"
     channels_last: bool = False
+    compile: bool = False
     seed: int = 0
     log_every: int = 20
     validate_every: int = 500

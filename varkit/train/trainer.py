@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +73,8 @@ class Trainer:
         self.ema = EMA(self.model, config.ema)
         self.optimizers = {phase.name: self._optimizer(phase) for phase in task.phases}
         self.at = Counters()
+        if config.compile:
+            compile_parts(self.model)
 
     def step(self, steps: int) -> dict[str, float] | None:
         """Do the next of `steps`; its metrics, or None when something was not finite and the step was skipped."""
@@ -167,7 +171,7 @@ class Trainer:
 
     def validate(self) -> tuple[dict[str, float], Any]:
         """Metrics and a picture of the averaged weights."""
-        with self.ema.swapped_in():
+        with self.ema.swapped_in(), torch.compiler.set_stance("force_eager"):
             seed_torch(self.config.seed, 0, "validate")
             metrics = {name: float(value) for name, value in self.task.validate().items()}
             seed_torch(self.config.seed, 0, "samples")
@@ -230,6 +234,15 @@ class _Loss(nn.Module):
         }
         loss, metrics = torch.func.functional_call(self, cast, args)
         return loss.float(), metrics
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile the methods that modules name in `compilable`: blocks, losses; everything around them stays as it is."""
+    if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))):
+        raise UserError("compile needs a C++ compiler and none is found; install g++, or train without it")
+    for module in model.modules():
+        for name in getattr(module, "compilable", ()):
+            setattr(module, name, torch.compile(getattr(module, name)))
 
 
 def seed_torch(seed: int, step: int, purpose: str, micro: int = 0) -> None:
