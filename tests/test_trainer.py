@@ -24,7 +24,7 @@ from varkit.generators.var import VARConfig
 from varkit.train import loop, progress, runs
 from varkit.train import trainer as trainer_module
 from varkit.train.loop import TrainingDiverged, load_run, recorded_steps, steps_for, train
-from varkit.train.optim import EMA, NamedAdamW, decays, lr_factor
+from varkit.train.optim import EMA, NamedOptimizer, cosine, decays, in_block, lr_factor
 from varkit.train.task import Phase, Task, TrainConfig
 from varkit.train.trainer import Trainer
 
@@ -526,17 +526,67 @@ def test_decay_spares_what_var_spares() -> None:
     assert not decays("tokenizer.quantizer.embedding.weight", torch.zeros(4, 2))
 
 
+def test_muon_moves_the_matrices_of_blocks_and_resumes_by_name() -> None:
+    """Its step is orthogonal, scaled to 0.2 sqrt(larger side): the root mean square of AdamW's (arXiv 2502.16982)."""
+    torch.manual_seed(0)
+    names = ("blocks.0.up.weight", "blocks.0.bias", "embed.weight")
+    shapes = ((8, 4), (4,), (8, 4))
+
+    def make() -> NamedOptimizer:
+        parameters = {
+            name: nn.Parameter(torch.zeros(shape)) for name, shape in zip(names, shapes, strict=True)
+        }
+        return NamedOptimizer(parameters, decays, 0.1, (0.9, 0.95), in_block)
+
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+
+    def step(optimizer: NamedOptimizer, at: int) -> None:
+        for p, g in zip(optimizer.parameters.values(), gradients[at], strict=True):
+            p.grad = g.clone()
+        optimizer.step(0.01)
+
+    one = make()
+    step(one, 0)
+    moved = one.parameters["blocks.0.up.weight"].detach() / (0.01 * 0.2 * 8**0.5)
+    assert torch.linalg.svdvals(moved).sub(1).abs().max() < 0.4  # five Newton-Schulz steps come that near
+    assert one.parameters["embed.weight"].detach().abs().sub(0.01).abs().max() < 1e-6  # AdamW's first step
+    assert set(one.state_dict()) == {
+        "blocks.0.up.weight/momentum_buffer",
+        *(f"{name}/{kind}" for name in names[1:] for kind in ("exp_avg", "exp_avg_sq", "step")),
+    }
+    two = make()
+    for name, p in two.parameters.items():
+        p.data.copy_(one.parameters[name].data)
+    two.load_state_dict({k: x.clone() for k, x in one.state_dict().items()})
+    for at in (1, 2, 3):
+        step(one, at)
+        step(two, at)
+    for name in names:
+        assert torch.equal(one.parameters[name], two.parameters[name])
+
+
+def test_weight_decay_follows_its_cosine() -> None:
+    assert cosine(0.05, 0.08, 0, 101) == pytest.approx(0.05)
+    assert cosine(0.05, 0.08, 50, 101) == pytest.approx(0.065)
+    assert cosine(0.05, 0.08, 100, 101) == pytest.approx(0.08)
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = NamedOptimizer({"up.weight": p}, decays, 0.1, (0.9, 0.95))
+    p.grad = torch.zeros(2, 2)
+    optimizer.step(0.5, decay_factor=2.0)
+    torch.testing.assert_close(p.detach(), torch.full((2, 2), 1 - 0.5 * 0.2))
+
+
 def test_adamw_matches_the_definition_and_its_state_moves_by_name() -> None:
     torch.manual_seed(0)
     gradients = torch.randn(5, 3, 2)
     a, b = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
-    one = NamedAdamW({"w": a}, decays, 0.1, (0.9, 0.95))
+    one = NamedOptimizer({"w": a}, decays, 0.1, (0.9, 0.95))
     expected, m, v = torch.ones(3, 2), torch.zeros(3, 2), torch.zeros(3, 2)
     for t, g in enumerate(gradients, 1):
         if t == 4:
             with torch.no_grad():
                 b.copy_(a)
-            two = NamedAdamW({"other": nn.Parameter(torch.ones(2)), "w": b}, decays, 0.1, (0.9, 0.95))
+            two = NamedOptimizer({"other": nn.Parameter(torch.ones(2)), "w": b}, decays, 0.1, (0.9, 0.95))
             two.load_state_dict({k: x.clone() for k, x in one.state_dict().items()})
         a.grad = g.clone()
         one.step(0.01)

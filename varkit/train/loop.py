@@ -136,7 +136,9 @@ def _versions() -> dict[str, Any]:
 
 
 def _check_unchanged(record: dict[str, Any], now: dict[str, Any]) -> None:
-    before, after = _flat({key: record[key] for key in now}), _flat(now)
+    # A setting that came later than the run had its default then.
+    defaults = {"train": json.loads(json.dumps(dataclasses.asdict(TrainConfig())))}
+    before, after = _flat(defaults) | _flat({key: record[key] for key in now}), _flat(now)
     skip = {f"train.{name}" for name in MAY_CHANGE}
     changed = [
         f"{key} (was {before.get(key)!r}, now {after.get(key)!r})"

@@ -11,6 +11,7 @@ from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.pixelcnn import PixelCNNConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
@@ -18,6 +19,7 @@ from varkit.plans.schedule import Side
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
+from varkit.tokenizers.pixels import PixelsConfig
 from varkit.tokenizers.vq import VQConfig
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
@@ -25,13 +27,14 @@ from varkit.train.tokenizer_loss import TokenizerLossConfig
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """How the tokenizer is built and trained. share: part of `--minutes` that it gets.
+    """How the tokenizer is built and trained, None for one that has nothing to learn. share: part of `--minutes` that
+    it gets.
 
     decoder: how its decoder goes on alone afterwards, for the squared error; with `--minutes`, a fifth of the share.
     """
 
-    config: MultiScaleVQConfig | VQConfig
-    train: TrainConfig
+    config: MultiScaleVQConfig | VQConfig | PixelsConfig
+    train: TrainConfig | None
     loss: TokenizerLossConfig = TokenizerLossConfig()
     batch_size: int = 32
     share: float = 0.35
@@ -45,7 +48,7 @@ class GeneratorRecipe:
     progressive: the part of the run by which all scales have joined (VAR's progressive training); 0 trains all at once.
     """
 
-    config: VARConfig | LlamaGenConfig
+    config: VARConfig | LlamaGenConfig | PixelCNNConfig
     train: TrainConfig
     batch_size: int = 64
     pictures: int = 4096
@@ -104,8 +107,8 @@ def scenes() -> Recipe:
         ),
         GeneratorRecipe(
             generator,
-            TrainConfig(minutes=42, lr=2e-3, dtype="bfloat16", final=0.02),
-            pictures=160_000,
+            TrainConfig(steps=4200, lr=2e-3, dtype="bfloat16", final=0.02, optimizer="muon"),
+            pictures=128_000,
             settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
         ),
         prompts=(

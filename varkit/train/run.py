@@ -22,6 +22,7 @@ from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
 from varkit.pictures import grid
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+from varkit.tokenizers.pixels import Pixels
 from varkit.tokenizers.vq import VQ
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
@@ -32,7 +33,7 @@ from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens, encode
 
 Say = Callable[[str], None]
-AnyTokenizer = MultiScaleVQ | VQ
+AnyTokenizer = MultiScaleVQ | VQ | Pixels
 HELD_OUT = 512
 
 
@@ -86,7 +87,7 @@ def train_recipe(
         root.mkdir(parents=True, exist_ok=True)
         write_json(root / "request.json", asdict(request))
     torch.manual_seed(request.seed)
-    share = 0.0 if given else recipe.tokenizer.share
+    share = 0.0 if given or recipe.tokenizer.train is None else recipe.tokenizer.share
     tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
     say("encoding pictures")
     train_part, held_out = dataset.split("train"), dataset.split("validation")
@@ -115,7 +116,8 @@ def check_run(out: StrPath, request: Request, resume: bool) -> None:
     """Raise `UserError` unless `out` is new or empty, or, with `resume`, was begun with the same request."""
     root = Path(out)
     if resume:
-        before = _begun_with(root)
+        # A setting that came later than the run had its default then.
+        before = asdict(Request(request.recipe)) | _begun_with(root)
         asked = asdict(request)
         changed = [f"{k} (was {before.get(k)!r}, now {v!r})" for k, v in asked.items() if before.get(k) != v]
         if changed:
@@ -156,6 +158,9 @@ def _train_tokenizer(
 ) -> AnyTokenizer:
     part = recipe.tokenizer
     tokenizer = part.config.build()
+    if part.train is None:
+        return tokenizer
+    assert not isinstance(tokenizer, Pixels), "pixels have nothing to learn; their recipe says train=None"
     settings = {
         "recipe": recipe.name,
         "tokenizer": to_json(part.config),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("cosine", "linear", "constant", "lin0")
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ class TrainConfig:
     """How to train. Give `steps`, or `minutes`, which are turned into steps once and recorded in the run.
 
     warmup: steps (an integer), or a part of the run (a float below 1; VAR's is 0.02). final: the learning rate at the
-    end, as a fraction of `lr`. accumulation: micro-batches in a step. ema: decay of the averaged weights, which ramps
-    up from 0.1. clip: largest gradient norm, 0 for none. A checkpoint is due every `checkpoint_every` steps and every
-    `checkpoint_minutes`. compile: `torch.compile` for what modules name as `compilable`; it needs a C++ compiler.
+    end, as a fraction of `lr`. final_weight_decay: where the weight decay goes along a cosine (VAR's twde). optimizer:
+    "muon" moves the matrices of blocks by Muon (arXiv 2502.16982) and the rest by AdamW. accumulation: micro-batches in
+    a step. ema: decay of the averaged weights, which ramps up from 0.1. clip: largest gradient norm, 0 for none. A
+    checkpoint is due every `checkpoint_every` steps and every `checkpoint_minutes`. compile: `torch.compile` for what
+    modules name as `compilable`; it needs a C++ compiler.
     """
 
     steps: int | None = None
@@ -109,6 +112,8 @@ class TrainConfig:
     schedule: str = "cosine"
     final: float = 0.1
     weight_decay: float = 0.05
+    final_weight_decay: float | None = None
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 2.0
     ema: float = 0.999
@@ -144,7 +149,10 @@ class TrainConfig:
             raise UserError(f"betas are {self.betas}; give two numbers in [0, 1), such as (0.9, 0.95)")
         if self.schedule not in SCHEDULES:
             raise unknown_name("schedule", self.schedule, SCHEDULES)
-        if self.dtype not in DTYPES:
-            raise unknown_name("dtype", self.dtype, DTYPES)
+        for name, known in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
+            raise UserError(f"final_weight_decay is {self.final_weight_decay}; it must be >= 0")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed {self.seed} is out of range; use an integer from 0 to 2^63 - 1")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.errors import UserError
-from varkit.train.optim import EMA, NamedAdamW, lr_factor
+from varkit.train.optim import EMA, NamedOptimizer, cosine, in_block, lr_factor
 from varkit.train.runs import Checkpoint
 from varkit.train.task import Phase, Task, TrainConfig
 
@@ -81,6 +81,11 @@ class Trainer:
         at, config = self.at, self.config
         lr = config.lr * at.lr_scale
         lr *= lr_factor(config.schedule, at.step, steps, config.warmup, config.final)
+        decay = 1.0
+        if config.final_weight_decay is not None and config.weight_decay:
+            decay = (
+                cosine(config.weight_decay, config.final_weight_decay, at.step, steps) / config.weight_decay
+            )
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         metrics = self._gradients()
         if metrics is None:
@@ -92,7 +97,7 @@ class Trainer:
             at.bad_in_a_row = 0
             for phase in self.task.phases:
                 if at.step >= phase.start:
-                    self.optimizers[phase.name].step(lr * phase.lr_scale)
+                    self.optimizers[phase.name].step(lr * phase.lr_scale, decay)
             seed_torch(config.seed, at.step, "after")
             with torch.no_grad():
                 metrics |= self.task.after_step(at.step)
@@ -158,7 +163,7 @@ class Trainer:
             for parameter in others:
                 parameter.requires_grad_(True)
 
-    def _optimizer(self, phase: Phase) -> NamedAdamW:
+    def _optimizer(self, phase: Phase) -> NamedOptimizer:
         parameters = {
             name: p
             for name, p in self.model.named_parameters()
@@ -167,7 +172,8 @@ class Trainer:
         if not parameters:
             raise UserError(f"phase {phase.name!r} has no parameter to train in {', '.join(phase.parts)}")
         decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
-        return NamedAdamW(parameters, phase.decays, decay, phase.betas or self.config.betas)
+        betas, muon = phase.betas or self.config.betas, self.config.optimizer == "muon"
+        return NamedOptimizer(parameters, phase.decays, decay, betas, *([in_block] if muon else []))
 
     def validate(self) -> tuple[dict[str, float], Any]:
         """Metrics and a picture of the averaged weights."""
