@@ -9,7 +9,7 @@ import pytest
 
 from tests.models import tiny_recipe
 from varkit.catalog import harness
-from varkit.catalog.experiment import All, Arm, AtLeast, AtMost, Experiment, Metric, Part, Subject
+from varkit.catalog.experiment import All, Arm, AtLeast, AtMost, Experiment, Metric, Part, PowerLaw, Subject
 from varkit.catalog.models import Store, Trained
 from varkit.errors import UserError
 
@@ -29,6 +29,16 @@ def test_rules_compare_seed_by_seed() -> None:
     verdict = AtMost("fid", "new", "base", 0.7)(VALUES)
     assert verdict.details["compared"] == [0.9, 0.5]
     assert verdict.measured == "fid 9.5 ± 0.71 against 15 ± 7.1 of base"
+
+
+def test_a_power_law_is_found() -> None:
+    values = {str(n): {"M": [n], "loss": [5.0 * n**-0.2]} for n in (1.0, 3.0, 10.0, 40.0)}
+    verdict = PowerLaw("loss", "M", -0.98)(values)
+    assert verdict.holds
+    assert verdict.details["exponent"] == pytest.approx(-0.2)
+    assert verdict.details["correlation"] == pytest.approx(-1.0)
+    values["1.0"]["loss"] = [3.0]
+    assert not PowerLaw("loss", "M", -0.98)(values).holds
 
 
 def test_all_holds_when_every_rule_does() -> None:
@@ -143,5 +153,6 @@ def test_experiments_are_well_formed(name: str) -> None:
     experiment = harness.find_experiment(name)
     assert experiment.name == name
     for part in experiment.parts:
-        assert len(part.arms) >= 2 and len(part.seeds) >= 3 and part.metrics and str(part.rule)
+        assert len(part.arms) >= 2 and part.metrics and str(part.rule)
+        assert len(part.seeds) >= 3 or part.sampling
     assert all(model.minutes > 0 for model in experiment.models())

@@ -8,7 +8,8 @@ Legend: S seeds.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from math import log
+from statistics import correlation, fmean, linear_regression, stdev
 from typing import TYPE_CHECKING, Any, Protocol
 
 from varkit.catalog.models import Trained
@@ -24,10 +25,14 @@ Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 @dataclass
 class Subject:
-    """What a metric measures: an arm's model at a seed. `kept` holds what metrics of one subject share (pictures)."""
+    """What a metric measures: an arm's model at a seed, and the arm's options for metrics.
+
+    `kept` holds what metrics of one subject share, such as pictures.
+    """
 
     pipeline: "Pipeline"
     seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,11 +48,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of a comparison: a model for each training seed, and how the method is applied to it."""
+    """One side of a comparison: a model for each training seed, how the method is applied, options for metrics."""
 
     name: str
     model: Callable[[int], Trained]
     apply: Callable[["Pipeline"], "Pipeline"] = lambda pipeline: pipeline
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,29 @@ class AtLeast(AtMost):
 
     def _holds(self, mean: float) -> bool:
         return mean >= self.limit
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """Holds when log `metric` against log `size`, over all arms, correlates at `correlation` (below 0) or stronger."""
+
+    metric: str
+    size: str
+    correlation: float
+
+    def __call__(self, values: Values) -> Verdict:
+        sizes = [fmean(by_metric[self.size]) for by_metric in values.values()]
+        found = [fmean(by_metric[self.metric]) for by_metric in values.values()]
+        x, y = [log(size) for size in sizes], [log(value) for value in found]
+        r = correlation(x, y)
+        slope, _ = linear_regression(x, y)
+        text = (
+            f"{self.metric} falls as {self.size} to the {slope:.3f}, correlation {r:.4f} over {len(x)} sizes"
+        )
+        return Verdict(text, r <= self.correlation, {"exponent": slope, "correlation": r})
+
+    def __str__(self) -> str:
+        return f"log {self.metric} correlates with log {self.size} at {self.correlation:g} or stronger"
 
 
 @dataclass(frozen=True)

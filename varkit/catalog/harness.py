@@ -125,7 +125,7 @@ def _measure_cell(part: Part, arm: Arm, seed: int, store: Store, file: Path) -> 
 
     from varkit.pictures import grid
 
-    subject = Subject(arm.apply(store.load(part.model(arm, seed))), seed)
+    subject = Subject(arm.apply(store.load(part.model(arm, seed))), seed, arm.options)
     found = {metric.name: float(metric.measure(subject)) for metric in part.metrics}
     file.parent.mkdir(parents=True, exist_ok=True)
     pictures = subject.kept.get(PICTURES)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,15 @@ GENERATION = 1
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that a recipe makes from a seed; with `tokenizer`, over that model's tokenizer."""
+    """A model that a recipe makes from a seed; with `tokenizer`, over that model's tokenizer (or a bundled one's).
+
+    expected: minutes that it takes where the recipe says steps; an estimate, which changes nothing.
+    """
 
     recipe: "Recipe"
     seed: int = 0
-    tokenizer: "Trained | None" = None
+    tokenizer: "Trained | str | None" = None
+    expected: float | None = field(default=None, compare=False)
 
     @cached_property
     def address(self) -> str:
@@ -40,7 +44,7 @@ class Trained:
             "generation": GENERATION,
             "recipe": _described(self.recipe),
             "seed": self.seed,
-            "tokenizer": self.tokenizer and self.tokenizer.address,
+            "tokenizer": _tokenizer_address(self.tokenizer),
         }
         text = json.dumps(made_of, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -48,6 +52,8 @@ class Trained:
     @property
     def minutes(self) -> float:
         """How long its training takes, without that of another model whose tokenizer it uses."""
+        if self.expected is not None:
+            return self.expected
         stages = [self.recipe.generator.train]
         if self.tokenizer is None:
             stages += [
@@ -81,17 +87,19 @@ class Store:
         """What has to be trained for them, tokenizers first, each once."""
         wanted: dict[str, Trained] = {}
         for model in models:
-            for needed in filter(None, (model.tokenizer, model)):
-                if not self.has(needed):
+            for needed in (model.tokenizer, model):
+                if isinstance(needed, Trained) and not self.has(needed):
                     wanted.setdefault(needed.address, needed)
         return list(wanted.values())
 
     def train(self, model: Trained, say: Say) -> None:
         """Train the model, going on where an interrupted training stopped."""
         from varkit.data.registry import open_dataset
+        from varkit.hub.pipeline import WEIGHTS
         from varkit.train.run import Request, train_recipe
 
-        tokenizer = None if model.tokenizer is None else str(self.run(model.tokenizer))
+        source = model.tokenizer
+        tokenizer = str(self.run(source)) if isinstance(source, Trained) else source and str(WEIGHTS / source)
         request = Request(model.recipe.name, tokenizer=tokenizer, seed=model.seed)
         folder = self.run(model)
         begun = (folder / "request.json").is_file()
@@ -106,6 +114,20 @@ class Store:
                 f"the model {model.recipe.name!r} ({model.address}) is not trained yet; add --train"
             )
         return load(str(self.run(model)))
+
+
+def _tokenizer_address(tokenizer: "Trained | str | None") -> str | None:
+    """That of a trained model; a bundled one's name and the hash of its file."""
+    if tokenizer is None:
+        return None
+    if isinstance(tokenizer, Trained):
+        return tokenizer.address
+    from varkit.hub.pipeline import WEIGHTS
+
+    weights = WEIGHTS / tokenizer / "tokenizer.safetensors"
+    if not weights.is_file():
+        raise UserError(f"there is no bundled model {tokenizer!r} whose tokenizer could be used")
+    return f"{tokenizer}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}"
 
 
 def _described(recipe: "Recipe") -> dict[str, Any]:

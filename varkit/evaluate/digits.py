@@ -65,7 +65,7 @@ def evaluate_digits(
     for _, image in zip(range(count), draw(pipeline, prompts, seed, settings), strict=False):
         images.append(image)
         advance()
-    predict, real = _classifier(pipeline.size)
+    predict, real = classifier(pipeline.size)
     drawn = np.stack(images)
     return DigitReport(np.array(prompts[:count]), predict(drawn), drawn, real)
 
@@ -96,7 +96,7 @@ def features(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(image, np.float64).ravel() / 255 for image in small])
 
 
-def _classifier(side: tuple[int, int]) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+def classifier(side: tuple[int, int]) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
     """What reads pictures (N, H, W, 3), and its accuracy on held-out writers at pictures of `side`."""
     from varkit.data.real import Digits
 
