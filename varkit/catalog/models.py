@@ -136,5 +136,6 @@ def _described(recipe: "Recipe") -> dict[str, Any]:
         "tokenizer": type(recipe.tokenizer.config).__name__,
         "generator": type(recipe.generator.config).__name__,
         "condition": type(recipe.generator.config.condition).__name__,
+        "parts": {name: type(config).__name__ for name, config in recipe.generator.parts.items()},
     }
     return {"kinds": kinds, **asdict(recipe)}

@@ -3,7 +3,9 @@
 Sizes were chosen by measurement on two cores; `docs/log.md` tells what else was tried.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from varkit.data.base import Dataset
 from varkit.data.folder import ImageFolder
@@ -46,6 +48,7 @@ class GeneratorRecipe:
     """How the generator is built and trained, over how many encoded pictures, and how it samples by default.
 
     progressive: the part of the run by which all scales have joined (VAR's progressive training); 0 trains all at once.
+    parts: configurations in place of the head or plan that the generator has by default, by name.
     """
 
     config: VARConfig | LlamaGenConfig | PixelCNNConfig
@@ -55,6 +58,7 @@ class GeneratorRecipe:
     condition_drop: float = 0.1
     progressive: float = 0.0
     settings: Settings = Settings()
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,31 @@ def digits() -> Recipe:
     )
 
 
+def digits_raster() -> Recipe:
+    """The digits as one grid of tokens in raster order (LlamaGen), with the parameters of `digits`, within 7 %."""
+    base = digits()
+    pyramid, condition = base.tokenizer.config, base.generator.config.condition
+    assert isinstance(pyramid, MultiScaleVQConfig) and isinstance(condition, ClassConfig)
+    grid = VQConfig(
+        pyramid.conv, pyramid.vocab_size, pyramid.code_channels, grid=pyramid.schedule[-1], normalize=False
+    )
+    generator = LlamaGenConfig(
+        depth=6,
+        width=128,
+        heads=4,
+        vocab_size=grid.vocab_size,
+        condition=condition,
+        multiple_of=64,
+        drop_path=0.1,
+    )
+    return replace(
+        base,
+        name="digits-raster",
+        tokenizer=replace(base.tokenizer, config=grid),
+        generator=replace(base.generator, config=generator, settings=Settings(guidance=2.0)),
+    )
+
+
 def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
     """A recipe for any data set: 64 x 64; text by bytes when there are captions, else by class (one when
     unlabelled).
@@ -202,13 +231,14 @@ def _text_length(dataset: Dataset) -> int:
     return max(128, size + 1)
 
 
-RECIPES = {"scenes": scenes, "digits": digits}
+RECIPES = {"scenes": scenes, "digits": digits, "digits-raster": digits_raster}
 
 
 def find_recipe(spec: str) -> tuple[Recipe, Dataset]:
     """The recipe called `spec`, or one for the data set (by name), folder or array file it names, with its data."""
     if spec in RECIPES:
-        return RECIPES[spec](), open_dataset(spec)
+        recipe = RECIPES[spec]()
+        return recipe, open_dataset(recipe.dataset)
     try:
         dataset = open_dataset(spec)
     except UserError as error:

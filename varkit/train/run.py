@@ -193,7 +193,7 @@ def _train_generator(
     say: Say,
 ) -> tuple[Pipeline, Result]:
     part = recipe.generator
-    configs = part.config.fitted(tokenizer.config)  # type: ignore[arg-type]
+    configs = part.config.fitted(tokenizer.config) | dict(part.parts)  # type: ignore[arg-type]
     torch.manual_seed(request.seed + 1)
     built = {name: config.build() for name, config in configs.items()}
     generator, head, plan = built["generator"], built["head"], built["plan"]
