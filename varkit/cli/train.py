@@ -29,6 +29,8 @@ class Train:
     """Go on with the training in --out where it stopped."""
     seed: int = 0
     """Seed of everything random."""
+    accumulation: int = 1
+    """Split each batch into this many micro-batches, which the processes of torchrun share."""
     compile: bool = False
     """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 
@@ -36,18 +38,25 @@ class Train:
         """Train, and say where the model is."""
         if self.recipe == "features":
             return self._features()
+        from varkit.train.ranks import together
         from varkit.train.recipes import find_recipe
         from varkit.train.run import Request, check_run, train_recipe
 
         tokenizer = None if self.tokenizer is None else str(self.tokenizer)
-        request = Request(self.recipe, self.minutes, self.steps, tokenizer, self.seed, self.compile)
-        check_run(self.out, request, self.resume)
-        ensure_writable(self.out / "request.json")
-        recipe, dataset = find_recipe(self.recipe)
-        model = train_recipe(request, recipe, dataset, self.out, self.resume, log)
-        if dataset.report.counts:
-            log(f"pictures: {dataset.report}")
-        print(model)
+        request = Request(
+            self.recipe, self.minutes, self.steps, tokenizer, self.seed, self.compile, self.accumulation
+        )
+        with together() as ranks:
+            if ranks.first:
+                check_run(self.out, request, self.resume)
+                ensure_writable(self.out / "request.json")
+            recipe, dataset = find_recipe(self.recipe)
+            model = train_recipe(request, recipe, dataset, self.out, self.resume, log)
+            if not ranks.first:
+                return
+            if dataset.report.counts:
+                log(f"pictures: {dataset.report}")
+            print(model)
 
     def _features(self) -> None:
         from varkit.train.features_task import train_features

@@ -61,13 +61,15 @@ def train(
     """Train `task` in the folder `run_dir`, or continue the run that is there.
 
     A continued run ends with the same weights, bit for bit, as one that was never interrupted (same machine, versions
-    and threads). `on_log` sees each line of the log.
+    and threads). `on_log` sees each line of the log. Under `varkit.train.ranks.together` all processes call this, and
+    the first writes.
     """
     trainer = Trainer(task, config)
+    ranks = trainer.ranks
     run, steps = _open(trainer, run_dir, resume)
     if done := run.finished():
         return Result(done["step"], done["metrics"], run.path)
-    with Progress(steps, quiet) as progress, _held_interrupt() as interrupted:
+    with Progress(steps, quiet or not ranks.first) as progress, _held_interrupt() as pressed:
         _restore_or_start(trainer, run, progress)
         saved_at = time.monotonic()
         while trainer.at.step < steps:
@@ -77,13 +79,16 @@ def train(
                 if on_log:
                     on_log(event)
             step = trainer.at.step
+            interrupted = ranks.any(pressed())
             late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-            if late or step % config.checkpoint_every == 0 or step == steps or interrupted():
+            if ranks.first and (late or step % config.checkpoint_every == 0 or step == steps or interrupted):
                 run.save(step, trainer.checkpoint())
                 saved_at = time.monotonic()
-            if interrupted() and step < steps:
+            if interrupted and step < steps:
                 raise KeyboardInterrupt(f"step {step} of {steps} is saved in {run.path}; go on with --resume")
-    run.finish(steps, trainer.at.metrics)
+    if ranks.first:
+        run.finish(steps, trainer.at.metrics)
+    ranks.wait()
     return Result(steps, trainer.at.metrics, run.path)
 
 
@@ -108,20 +113,23 @@ def recorded_steps(run_dir: StrPath) -> int:
 
 def _open(trainer: Trainer, run_dir: StrPath, resume: bool) -> tuple[Run, int]:
     """The run's folder, and its steps: given, measured once, or read from a run that is resumed."""
-    config = trainer.config
+    config, ranks = trainer.config, trainer.ranks
     # Through JSON, so that tuples compare with the lists that they become.
     now = json.loads(json.dumps({"recipe": trainer.task.recipe, "train": dataclasses.asdict(config)}))
     if resume:
         run = Run.open(run_dir)
         record = run.read_config()
         _check_unchanged(record, now | {"steps": config.steps or record["steps"]})
-        _warn_if_moved(record["versions"])
+        if ranks.first:
+            _warn_if_moved(record["versions"])
         return run, int(record["steps"])
     if config.steps is None and config.minutes is None:
         raise UserError("neither steps nor minutes were given; say how long to train, e.g. --minutes 10")
-    run = Run.create(run_dir)
-    steps = config.steps or measure(trainer, config.minutes or 0.0)
-    run.write_config({"format_version": 1, **now, "steps": steps, "versions": _versions()})
+    run = Run.create(run_dir) if ranks.first else Run(run_dir)
+    steps = ranks.told(config.steps or measure(trainer, config.minutes or 0.0))
+    if ranks.first:
+        run.write_config({"format_version": 1, **now, "steps": steps, "versions": _versions()})
+    ranks.wait()
     return run, steps
 
 
@@ -174,9 +182,11 @@ def _restore_or_start(trainer: Trainer, run: Run, progress: Progress) -> None:
     checkpoint = run.newest(progress.say)
     if checkpoint:
         trainer.restore(checkpoint)
-    run.rewind(trainer.at.step)
-    if not checkpoint:
-        run.save(0, trainer.checkpoint())
+    trainer.ranks.wait()
+    if trainer.ranks.first:
+        run.rewind(trainer.at.step)
+        if not checkpoint:
+            run.save(0, trainer.checkpoint())
     progress.begin(trainer.at.step)
 
 
@@ -223,13 +233,14 @@ def _events(trainer: Trainer, run: Run, steps: int, progress: Progress) -> list[
             progress.note({"loss": means["loss"], "pictures/s": means["pictures_per_second"]})
         events.append({"step": at.step, **means, "skipped": at.skipped, "seconds": round(at.seconds, 3)})
     if at.step % config.validate_every == 0 or last:
-        at.metrics, picture = trainer.validate()
+        at.metrics, picture = trainer.validate() if trainer.ranks.first else ({}, None)
+        at.metrics = trainer.ranks.told(at.metrics)
         if picture is not None:
             run.save_sample(at.step, picture)
         if at.metrics:
             events.append({"step": at.step, "validation": at.metrics})
             progress.note({f"validation {name}": v for name, v in list(at.metrics.items())[:SHOWN]})
-    return events
+    return events if trainer.ranks.first else []
 
 
 @contextmanager

@@ -189,10 +189,15 @@ def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
     """
     probe = dataset.batch([0], (64, 64))
     side: tuple[Side, ...] = PYRAMID_8
-    tokenizer = replace(
-        scenes().tokenizer,
-        train=TrainConfig(minutes=10, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
-    )
+    tokenizer = TokenizerRecipe(
+        MultiScaleVQConfig(
+            ConvConfig(64, multipliers=(1, 1, 2), res_blocks=1, latent_channels=32, attention=False, groups=8, patch=2),
+            vocab_size=1024, code_channels=16, schedule=side,
+        ),
+        TrainConfig(minutes=10, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
+        batch_size=16,
+        decoder=scenes().tokenizer.decoder,
+    )  # fmt: skip
     if probe.captions is not None:
         condition: ClassConfig | TextConfig = TextConfig(length=_text_length(dataset))
     else:

@@ -27,6 +27,7 @@ from varkit.tokenizers.vq import VQ
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.objective import Progressive
+from varkit.train.ranks import current
 from varkit.train.recipes import Recipe
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
@@ -41,7 +42,8 @@ HELD_OUT = 512
 class Request:
     """What a user asked for. minutes and steps replace the recipe's; tokenizer is a folder with a trained one.
 
-    compile: compile blocks and losses first, which pays off in longer trainings.
+    compile: compile blocks and losses first, which pays off in longer trainings. accumulation: micro-batches that each
+    batch is split into; several processes share them.
     """
 
     recipe: str
@@ -50,6 +52,7 @@ class Request:
     tokenizer: str | None = None
     seed: int = 0
     compile: bool = False
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
@@ -62,6 +65,8 @@ class Request:
             )
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps {self.steps} is below 1; train for at least 1 step")
+        if self.accumulation < 1:
+            raise UserError(f"--accumulation is {self.accumulation}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed} is out of range; use an integer from 0 to 2^63 - 1")
 
@@ -71,21 +76,33 @@ class Request:
             config = replace(config, steps=self.steps, minutes=None)
         elif self.minutes is not None:
             config = replace(config, steps=None, minutes=self.minutes * share)
-        return replace(config, seed=self.seed, compile=self.compile)
+        return replace(config, seed=self.seed, compile=self.compile, accumulation=self.accumulation)
+
+    def micro_batch(self, batch_size: int) -> int:
+        """Pictures of a micro-batch."""
+        if batch_size % self.accumulation:
+            raise UserError(
+                f"a batch of {batch_size} cannot be split into {self.accumulation}; use an --accumulation that "
+                f"divides {batch_size}"
+            )
+        return batch_size // self.accumulation
 
 
 def train_recipe(
     request: Request, recipe: Recipe, dataset: Dataset, out: StrPath, resume: bool = False, say: Say = print
 ) -> Path:
     """Train both stages in the folder `out`; with `resume`, go on where it stopped. Returns the finished model's
-    folder.
+    folder. Under `varkit.train.ranks.together` all processes call this, and the first writes.
     """
-    root = Path(out)
-    check_run(root, request, resume)
+    root, ranks = Path(out), current()
+    if ranks.first:
+        check_run(root, request, resume)
     given = _given_tokenizer(request.tokenizer, type(recipe.tokenizer.config)) if request.tokenizer else None
-    if not resume:
+    if ranks.first and not resume:
         root.mkdir(parents=True, exist_ok=True)
         write_json(root / "request.json", asdict(request))
+    if not ranks.first:
+        say = _silent
     torch.manual_seed(request.seed)
     share = 0.0 if given or recipe.tokenizer.train is None else recipe.tokenizer.share
     tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
@@ -96,10 +113,10 @@ def train_recipe(
         if train_part.size is None
         else max(train_part.size, recipe.generator.pictures)
     )
-    tokens = encode(tokenizer, train_part, wanted, root / "tokens")
+    tokens = _encoded(tokenizer, train_part, wanted, root / "tokens")
     source = held_out if held_out.size != 0 else train_part
     count = HELD_OUT if source.size is None else min(HELD_OUT, source.size)
-    validation = encode(tokenizer, source, count, root / "tokens-validation")
+    validation = _encoded(tokenizer, source, count, root / "tokens-validation")
     pipeline, result = _train_generator(request, recipe, tokenizer, tokens, validation, root, 1 - share, say)
     pipeline.about = {
         "recipe": recipe.name,
@@ -107,9 +124,24 @@ def train_recipe(
         "steps": result.step,
         "metrics": result.metrics,
     }
-    pipeline.save(root / "model", replace=True)
+    if ranks.first:
+        pipeline.save(root / "model", replace=True)
+    ranks.wait()
     say(f"the model is in {root}; try: varkit generate --model {root}")
     return root / "model"
+
+
+def _silent(text: str) -> None:
+    """What every process but the first says."""
+
+
+def _encoded(tokenizer: AnyTokenizer, dataset: Dataset, count: int, folder: Path) -> Tokens:
+    """Encode once, by the first process, and read by all."""
+    ranks = current()
+    if ranks.first:
+        encode(tokenizer, dataset, count, folder)
+    ranks.wait()
+    return Tokens.load(folder)
 
 
 def check_run(out: StrPath, request: Request, resume: bool) -> None:
@@ -167,14 +199,15 @@ def _train_tokenizer(
         "loss": asdict(part.loss),
         "batch_size": part.batch_size,
     }
-    task = ReconstructionTask(tokenizer, dataset, part.loss, part.batch_size, settings, request.seed)
+    batch_size = request.micro_batch(part.batch_size)
+    task = ReconstructionTask(tokenizer, dataset, part.loss, batch_size, settings, request.seed)
     say("training the tokenizer")
     decoder_share = 0.2 * share if part.decoder is not None else 0.0
     _stage(task, request.apply(part.train, share - decoder_share), root / "tokenizer")
     tokenizer.load_state_dict(load_run(root / "tokenizer")["tokenizer"])
     if part.decoder is not None:
         say("training its decoder further")
-        polish = DecoderTask(tokenizer, dataset, part.batch_size, settings, request.seed)
+        polish = DecoderTask(tokenizer, dataset, batch_size, settings, request.seed)
         _stage(polish, request.apply(part.decoder, decoder_share), root / "decoder")
         averaged = load_run(root / "decoder")
         tokenizer.decoder.load_state_dict(averaged["decoder"])
@@ -207,8 +240,8 @@ def _train_generator(
         "pictures": len(tokens),
     }
     task = NextStepTask(
-        Forced(tokenizer, generator, head, plan), tokens, held_out, part.batch_size, settings, request.seed,
-        part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
+        Forced(tokenizer, generator, head, plan), tokens, held_out, request.micro_batch(part.batch_size), settings,
+        request.seed, part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
     )  # fmt: skip
     say("training the generator")
     train_config = request.apply(part.train, share)
@@ -226,7 +259,7 @@ def _with_steps(task: NextStepTask, config: TrainConfig, folder: Path) -> TrainC
     """The settings with minutes turned into steps: recorded ones when the stage has begun before, else measured."""
     if config.steps is not None:
         return config
-    begun = (folder / "config.json").exists()
+    begun = current().told((folder / "config.json").exists())
     return replace(
         config, steps=recorded_steps(folder) if begun else steps_for(config.minutes or 0.0, task, config)
     )
@@ -234,7 +267,7 @@ def _with_steps(task: NextStepTask, config: TrainConfig, folder: Path) -> TrainC
 
 def _stage(task: Any, config: TrainConfig, folder: Path) -> Result:
     """Train, going on when the stage has begun before."""
-    return train(task, config, folder, resume=(folder / "config.json").exists())
+    return train(task, config, folder, resume=current().told((folder / "config.json").exists()))
 
 
 def _sheet(pipeline: Pipeline, prompts: Sequence[str | int]) -> Image.Image:

@@ -6,7 +6,7 @@ run needs no state of the data and repeats an uninterrupted one bit for bit.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -74,6 +74,10 @@ class Task(Protocol):
     def after_step(self, step: int) -> dict[str, float]:
         """Bookkeeping without gradients after the optimisers' step, such as reviving dead codes; metrics to log."""
         return {}
+
+    def moved(self) -> Iterable[Tensor]:
+        """Parameters that `after_step` may have changed; several processes then make them equal again."""
+        return ()
 
     def validate(self) -> dict[str, float]:
         """Metrics of the averaged weights, which the modules hold during the call."""

@@ -85,6 +85,10 @@ class ReconstructionTask(Task):
             "revived": float(self.keeper.update(self._outputs["residuals"], self._outputs["ids"], generator))
         }
 
+    def moved(self) -> list[Tensor]:
+        """The codes."""
+        return [self.tokenizer.quantizer.embedding.weight]
+
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the modules."""
         return self.keeper.state_dict()
@@ -161,6 +165,10 @@ class DecoderTask(ReconstructionTask):
     def after_step(self, step: int) -> dict[str, float]:
         """No code moves."""
         return {}
+
+    def moved(self) -> list[Tensor]:
+        """No code."""
+        return []
 
     def state(self) -> dict[str, Tensor]:
         """Nothing beside the modules."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from varkit.errors import UserError
 from varkit.train.optim import EMA, NamedOptimizer, cosine, in_block, lr_factor
+from varkit.train.ranks import current
 from varkit.train.runs import Checkpoint
 from varkit.train.task import Phase, Task, TrainConfig
 
@@ -73,6 +74,8 @@ class Trainer:
         self.ema = EMA(self.model, config.ema)
         self.optimizers = {phase.name: self._optimizer(phase) for phase in task.phases}
         self.at = Counters()
+        self.ranks = current()
+        self.own = self.ranks.share(config.accumulation)
         if config.compile:
             compile_parts(self.model)
 
@@ -101,10 +104,16 @@ class Trainer:
             seed_torch(config.seed, at.step, "after")
             with torch.no_grad():
                 metrics |= self.task.after_step(at.step)
+                self._share_state()
             self.ema.update()
             metrics["lr"] = lr
         at.step += 1
         return metrics
+
+    def _share_state(self) -> None:
+        """Buffers, and what the task keeps or has moved, become those of the rank with the last micro-batch."""
+        last = (self.config.accumulation - 1) % self.ranks.world
+        self.ranks.copy_from(last, [*self.model.buffers(), *self.task.moved(), *self.task.state().values()])
 
     def _gradients(self) -> dict[str, float] | None:
         """Leave each phase's mean gradients on its parameters, clipped; the metrics, or None if not finite."""
@@ -112,16 +121,12 @@ class Trainer:
         phases = [phase for phase in self.task.phases if step >= phase.start]
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        # The one place where data is indexed: ranks of a parallel run would take micro-batches in turn.
-        for micro in range(self.config.accumulation):
-            seed_torch(self.config.seed, step, "batch", micro)
-            batch = self.task.batch(step, micro)
-            for phase in phases:
-                metrics = self._backward(phase, batch, micro)
-                if metrics is None:
-                    return None
-                sums.add(self._named(phase, metrics))
-        # The one place where gradients are complete: ranks of a parallel run would average them here.
+        finite = all(self._micro(micro, phases, sums) for micro in self.own)
+        if not self.ranks.all(finite):
+            return None
+        for optimizer in self.optimizers.values():
+            self.ranks.sum_gradients(optimizer.parameters.values())
+        sums.sums = self.ranks.sum_metrics(sums.sums)
         norms = {phase: self._clip(phase) for phase in phases}
         if not all(map(math.isfinite, norms.values())):
             return None
@@ -129,6 +134,17 @@ class Trainer:
         for phase, norm in norms.items():
             means |= self._named(phase, {"grad_norm": norm})
         return means
+
+    def _micro(self, micro: int, phases: list[Phase], sums: Counters) -> bool:
+        """Add one micro-batch's gradients and metrics; whether all losses were finite."""
+        seed_torch(self.config.seed, self.at.step, "batch", micro)
+        batch = self.task.batch(self.at.step, micro)
+        for phase in phases:
+            metrics = self._backward(phase, batch, micro)
+            if metrics is None:
+                return False
+            sums.add(self._named(phase, metrics))
+        return True
 
     def _backward(self, phase: Phase, batch: Any, micro: int) -> dict[str, float] | None:
         """Add one micro-batch's share to the phase's gradients; its metrics, or None if the loss is not finite."""
