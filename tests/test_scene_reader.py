@@ -14,7 +14,7 @@ from varkit.data.render import BACKGROUNDS, COLOURS, SHAPES, SIZES, paint
 from varkit.data.scenes import SceneObject, Scenes, split_of
 from varkit.errors import UserError
 from varkit.evaluate import geneval
-from varkit.evaluate.scene_reader import FoundObject, read
+from varkit.evaluate.scene_reader import FoundObject, Reading, read
 
 Picture = NDArray[np.uint8]
 T = TypeVar("T")
@@ -205,7 +205,7 @@ def test_prompts_are_balanced_and_of_the_split() -> None:
 
 def test_report_is_the_mean_of_six_categories() -> None:
     def verdict(category: str, holds: bool) -> geneval.Score:
-        return geneval.Score("", category, (geneval.Clause("", holds),))
+        return geneval.Score("", category, (geneval.Clause("", holds),), Reading((), None))
 
     scores = [verdict(name, True) for name in CATEGORIES] + [verdict("counting", False)] * 3
     result = geneval.report(scores)

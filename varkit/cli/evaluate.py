@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 NUMBERS = {"digits": 100, "fid": 2000, "reconstruction": 2000, "scenes": 300}
 """The suites, and their default --n."""
 
+MISTAKES = 5
+"""The commonest ones, shown below the categories; --json has whole tables."""
+
 OPTIONS = {
     "data": ("fid", "reconstruction"),
     "features": ("fid", "reconstruction"),
@@ -273,6 +276,14 @@ def _scenes_table(summary: dict[str, Any]) -> Table:
     return ("category", "correct", "pictures"), [
         *rows,
         ("overall (mean of six)", f"{summary['overall']:.3f}{spread}", summary["pictures"]),
+        *(
+            (
+                f"  {m['table']}: {m['asked']} read as {m['read']}",
+                f"{m['count'] / m['total']:.3f}",
+                m["total"],
+            )
+            for m in summary["mistakes"][:MISTAKES]
+        ),
     ]
 
 

@@ -38,6 +38,7 @@ class Score:
     caption: str
     category: str
     clauses: tuple[Clause, ...]
+    reading: Reading
 
     @property
     def passed(self) -> bool:
@@ -59,8 +60,8 @@ def category(caption: str) -> str:
 
 def score(image: NDArray[np.uint8], caption: str) -> Score:
     """Judge a picture (H, W, 3), uint8, by a caption of the scenes grammar."""
-    requirement = parse(caption)
-    return Score(caption, requirement.category, tuple(_clauses(requirement, read(image))))
+    requirement, reading = parse(caption), read(image)
+    return Score(caption, requirement.category, tuple(_clauses(requirement, reading)), reading)
 
 
 def prompts(n: int, split: str = "test", seed: int = 0) -> list[str]:
@@ -85,6 +86,16 @@ def report(scores: Iterable[Score]) -> dict[str, float]:
         )
     shares = {name: sum(results) / len(results) for name, results in passed.items()}
     return shares | {"overall": sum(shares.values()) / len(shares)}
+
+
+def matching(phrase: Phrase, things: Iterable[FoundObject]) -> list[FoundObject]:
+    """The objects that a phrase describes."""
+    asked = (phrase.shape, phrase.colour)
+    return [
+        thing
+        for thing in things
+        if (thing.shape, thing.colour) == asked and phrase.size in (None, thing.size)
+    ]
 
 
 def relations(a: FoundObject, b: FoundObject) -> set[str]:

@@ -6,7 +6,7 @@ The captions are of the test split: no picture of these objects together, in any
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from varkit.data.captions import CATEGORIES
 from varkit.errors import UserError
 from varkit.evaluate import geneval
+from varkit.evaluate.confusion import confusions, mistakes
 from varkit.evaluate.drawing import draw, padded
 from varkit.evaluate.geneval import Score
 from varkit.generators.text import TextConfig
@@ -32,19 +33,22 @@ class SceneReport:
     by_seed: dict[int, list[Score]] = field(default_factory=dict)
     failures: list[tuple[Score, np.ndarray]] = field(default_factory=list, repr=False)
 
+    def _scores(self) -> list[Score]:
+        return [score for scores in self.by_seed.values() for score in scores]
+
     def shares(self) -> dict[str, float]:
         """The share of passed pictures by category, and `overall`, the mean of the six."""
-        return geneval.report(score for scores in self.by_seed.values() for score in scores)
+        return geneval.report(self._scores())
 
     def counts(self) -> Counter[str]:
         """Pictures by category."""
-        return Counter(score.category for scores in self.by_seed.values() for score in scores)
+        return Counter(score.category for score in self._scores())
 
     def summary(self) -> dict[str, Any]:
         """The figures, as JSON takes them; `spread` is the standard deviation of `overall` over the seeds."""
         overall = {seed: geneval.report(scores)["overall"] for seed, scores in self.by_seed.items()}
         spread = statistics.stdev(overall.values()) if len(overall) > 1 else None
-        counts = self.counts()
+        counts, tables = self.counts(), confusions(self._scores())
         return {
             "pictures": counts.total(),
             "captions": len(next(iter(self.by_seed.values()))),
@@ -54,6 +58,8 @@ class SceneReport:
             "overall": self.shares()["overall"],
             "overall_by_seed": overall,
             "spread": spread,
+            "confusions": tables,
+            "mistakes": [asdict(mistake) for mistake in mistakes(tables)],
         }
 
     def sheet(self) -> Image.Image:
