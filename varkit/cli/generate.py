@@ -165,15 +165,13 @@ def draw(
 
     chosen = replace(pipeline.settings, **settings)
     with progress("drawing", len(jobs)) as advance:
-        for first in range(0, len(jobs), BATCH):
-            rows = jobs[first : first + BATCH]
-            state = pipeline.start(rows, seed, range(first, first + len(rows)), chosen)
+        for start in pipeline.starts(jobs, seed, BATCH, chosen):
             frames = [
                 pipeline.pictures(state)
-                for state in decode(pipeline.model, state)
+                for state in decode(pipeline.model, start)
                 if previews or bool(state.finished.all())
             ]
-            advance(len(rows))
+            advance(start.batch)
             for grown in zip(*frames, strict=True):
                 yield grown[-1], grid(grown, columns=len(grown)) if previews else None
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from varkit.decode.loop import run
+from varkit.decode.state import State
 from varkit.hub.pipeline import Pipeline, Prompt, Settings
 from varkit.pictures import to_array
 
@@ -26,13 +27,10 @@ def draw(
 ) -> Iterator[np.ndarray]:
     """One picture (H, W, 3) uint8 for each prompt, of which there must be a multiple of `BATCH`."""
     assert len(prompts) % BATCH == 0, f"{len(prompts)} prompts do not fill batches of {BATCH}"
-    for start in range(0, len(prompts), BATCH):
-        yield from _batch(pipeline, prompts[start : start + BATCH], seed, start, settings)
+    for state in pipeline.starts(prompts, seed, BATCH, settings):
+        yield from _shown(run(pipeline.model, state))
 
 
 @torch.no_grad()
-def _batch(
-    pipeline: Pipeline, prompts: Sequence[Prompt], seed: int, start: int, settings: Settings | None
-) -> np.ndarray:
-    state = pipeline.start(prompts, seed, range(start, start + BATCH), settings)
-    return to_array(run(pipeline.model, state).canvas.preview())
+def _shown(state: State) -> np.ndarray:
+    return to_array(state.canvas.preview())

@@ -7,7 +7,8 @@ Legend: R condition branches, B samples.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
 from varkit.decode.guidance import Guidance
-from varkit.decode.loop import Model, decode
+from varkit.decode.loop import Model, decode, run
 from varkit.decode.sampling import Sampler, SmoothSampler
-from varkit.decode.state import Options, State
+from varkit.decode.state import Options, Override, State
 from varkit.draws import Draws
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath
@@ -27,6 +29,7 @@ from varkit.generators.base import Condition
 from varkit.generators.conditioning import ClassConfig
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import CONFIG, load_parts, save_parts
+from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
 
 Prompt = str | int
@@ -61,8 +64,25 @@ class Settings:
         return Sampler(self.temperature, self.top_k, self.top_p)
 
 
+@dataclass(frozen=True)
+class How:
+    """What a method changes in decoding, beside the parts: see `Pipeline.using`.
+
+    cache(batch, branches, slots) makes a run's cache. ports and override are those of `varkit.decode.state.Options`;
+    wrap(pick) may replace the sampler of ids.
+    """
+
+    cache: Callable[[int, int, int | None], Cache] = FullCache
+    ports: Ports | None = None
+    override: Override | None = None
+    wrap: Callable[[Any], Any] = lambda pick: pick
+
+
 class Pipeline:
-    """The parts of one model, by name, their configurations, default settings, and what is told about it."""
+    """The parts of one model, by name, their configurations, default settings, and what is told about it.
+
+    The parts are `tokenizer`, `plan`, `generator`, `head`, and `head_NAME` for each further route of the plan.
+    """
 
     def __init__(
         self,
@@ -73,7 +93,15 @@ class Pipeline:
     ):
         self.parts, self.configs, self.settings, self.about = parts, configs, settings, about or {}
         self.tokenizer, self.generator = parts["tokenizer"].eval(), parts["generator"].eval()
-        self.model = Model(parts["plan"], self.generator, {"main": parts["head"].eval()})
+        heads = {route: part.eval() for name, part in parts.items() if (route := route_of(name))}
+        self.model = Model(parts["plan"], self.generator, heads)
+        self.how = How()
+
+    def using(self, **changes: Any) -> "Pipeline":
+        """The same model (no weight is copied), decoded otherwise: `cache=`, `ports=`, ... of `How`."""
+        other = copy(self)
+        other.how = replace(self.how, **changes)
+        return other
 
     @property
     def condition(self) -> Any:
@@ -160,15 +188,27 @@ class Pipeline:
             null = self.generator.conditioner.null(condition)
             condition = {k: torch.cat([v, null[k]]) for k, v in condition.items()}
         smooth = SmoothSampler(pick, self.tokenizer.quantizer.codebook) if settings.smooth else pick
-        cache = FullCache(batch, 1 if combine.off else 2, self.model.plan.slots)
+        cache = self.how.cache(batch, 1 if combine.off else 2, self.model.plan.slots)
         prepared = self.generator.prepare(condition)
         return State.start(
             self.tokenizer.canvas(batch),
             cache,
             prepared,
             Draws.start(seed, samples),
-            Options(combine, smooth),
+            Options(combine, self.how.wrap(smooth), self.how.ports, self.how.override),
         )
+
+    def starts(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int = 0,
+        batch_size: int = DEFAULT_BATCH,
+        settings: Settings | None = None,
+    ) -> Iterator[State]:
+        """A state for each batch of prompts, in order: prompt i draws from sample i of `seed`, whatever the batch."""
+        for first in range(0, len(prompts), batch_size):
+            rows = prompts[first : first + batch_size]
+            yield self.start(rows, seed, range(first, first + len(rows)), settings)
 
     def stream(
         self, prompts: Sequence[Prompt], seed: int = 0, **settings: Any
@@ -191,16 +231,9 @@ class Pipeline:
         Picture i draws from sample i of `seed`, whatever the batch size. `settings` replace the model's own: guidance,
         temperature, top_k, top_p, smooth. Raises `UserError` for unknown words or labels, n below 1, a negative seed.
         """
-        wanted = list(self.jobs(prompts, n))
         chosen = replace(self.settings, **settings)
-        images: list[Image.Image] = []
-        for start in range(0, len(wanted), batch_size):
-            rows = wanted[start : start + batch_size]
-            state = self.start(rows, seed, range(start, start + len(rows)), chosen)
-            for _ in decode(self.model, state):
-                pass
-            images += self.pictures(state)
-        return images
+        states = self.starts(self.jobs(prompts, n), seed, batch_size, chosen)
+        return [image for state in states for image in self.pictures(run(self.model, state))]
 
     def jobs(self, prompts: Prompt | Sequence[Prompt], n: int) -> Sequence[Prompt]:
         """Each prompt n times. Raises `UserError` for no prompt or n below 1."""
@@ -281,6 +314,13 @@ class Pipeline:
             folder = Path(scratch) / "model"
             self.save(folder)
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+
+def route_of(part: str) -> str | None:
+    """The plan's route that a part serves: "main" for `head`, NAME for `head_NAME`, None for what is no head."""
+    if part == "head":
+        return "main"
+    return part.removeprefix("head_") if part.startswith("head_") else None
 
 
 def bundled() -> list[str]:
