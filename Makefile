@@ -24,8 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	mkdir -p demo
-	printf '%s\n' two four six eight > demo/prompts.txt
-	$(BIN)/varkit generate --model digits --prompts demo/prompts.txt --seed 0 --previews --out demo/
+	printf '%s\n' \
+		'a red circle' \
+		'three blue stars on a beige background' \
+		'a green ring left of an orange heart' \
+		'a small white cross above a large purple square on a navy background' > demo/prompts.txt
+	$(BIN)/varkit generate --model scenes --prompts demo/prompts.txt --seed 0 --previews --out demo/
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,7 +1,8 @@
-"""Classes in, pictures out: digit-0.png and digit-1.png in the current folder."""
+"""Captions in, pictures out: scene-0.png and scene-1.png in the current folder."""
 
 import varkit
 
-pipeline = varkit.load("digits")
-for i, image in enumerate(pipeline.generate(["three", 8], seed=0)):
-    image.save(f"digit-{i}.png")
+pipeline = varkit.load("scenes")
+prompts = ["three blue stars on a beige background", "a green ring left of an orange heart"]
+for i, image in enumerate(pipeline.generate(prompts, seed=0)):
+    image.save(f"scene-{i}.png")

@@ -7,8 +7,8 @@ caller: stop early, show a progress bar, or look at something other than pixels.
 import varkit
 from varkit.pictures import grid
 
-pipeline = varkit.load("digits")
-prompt = "seven"
+pipeline = varkit.load("scenes")
+prompt = "a small white cross above a large purple square on a navy background"
 
 frames = []
 for step, (image,) in enumerate(pipeline.stream([prompt], seed=0)):

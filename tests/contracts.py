@@ -16,14 +16,17 @@ from varkit.draws import Draws
 from varkit.generators.base import Condition
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.pixelcnn import PixelCNNConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
+from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.plans.raster import RasterConfig
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.tokenizers.pixels import PixelsConfig, from_levels, to_levels
 from varkit.tokenizers.vq import VQConfig
 
 PYRAMID = (1, 2, (2, 3), (4, 6))
@@ -31,13 +34,14 @@ PYRAMID = (1, 2, (2, 3), (4, 6))
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny configuration of each part, and conditions for B samples."""
+    """A tiny configuration of each part, conditions for B samples, and two sites of the generator's ports."""
 
     tokenizer: object
     generator: object
     head: object
     plan: object
     conditions: Callable[[int], Condition]
+    sites: tuple[tuple[str, int], ...] = (("block", 0), ("attention", 1))
 
     def build(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Model]:
         """Tokenizer and model with random weights that make every parameter matter (no zero gates)."""
@@ -47,8 +51,9 @@ class Case:
         for module in (tokenizer, generator, head):
             for name, p in module.named_parameters():
                 if p.ndim < 2 or "modulation" in name:
-                    nn.init.normal_(p, std=0.2)
-        nn.init.normal_(tokenizer.quantizer.embedding.weight)
+                    nn.init.normal_(p, mean=1.0 if name.endswith("gain") else 0.0, std=0.2)
+        if hasattr(tokenizer, "quantizer"):
+            nn.init.normal_(tokenizer.quantizer.embedding.weight)
         nn.init.normal_(head.out.weight, std=0.3)
         return tokenizer.to(dtype), Model(self.plan.build(), generator.to(dtype), {"main": head.to(dtype)})
 
@@ -139,13 +144,36 @@ CASES: dict[str, Case] = {
         _GRID_TOKENIZER, LlamaGenConfig(2, 24, 2, 24, ClassConfig(5), kv_heads=1, multiple_of=16, zero_prefix=True),
         CategoricalConfig(24, 24, bias=False), RasterConfig((3, 4)), labels,
     ),
+    "pixelcnn-class": Case(
+        PixelsConfig((2, 4)), PixelCNNConfig(ClassConfig(5), (2, 4), width=8, levels=2), LogisticMixtureConfig(8, 3),
+        RasterConfig((2, 4)), labels, sites=(("block", 0), ("output", 0)),
+    ),
 }  # fmt: skip
 
 CACHES: dict[str, Callable[[int, int, int], Cache]] = {"full": FullCache}
 
 
 def true_latents(tokenizer, model: Model, batch: int) -> dict[str, Tensor]:
-    """Random latents of the tokenizer's layout."""
+    """Random latents of the tokenizer's layout, by their one name."""
     generator = torch.Generator().manual_seed(7)
-    positions = tokenizer.canvas(1).revealed_at.shape[1]
-    return {"ids": torch.randint(0, 24, (batch, positions), generator=generator)}
+    canvas = tokenizer.canvas(1)
+    (name,) = canvas.latents()
+    positions = canvas.revealed_at.shape[1]
+    if name == "ids":
+        return {"ids": torch.randint(0, 24, (batch, positions), generator=generator)}
+    return {"pixels": from_levels(torch.randint(0, 256, (batch, positions, 3), generator=generator))}
+
+
+def changed_at(latents: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """A copy with the next code, or level of each channel, at some positions."""
+    changed = {name: value.clone() for name, value in latents.items()}
+    for name, value in changed.items():
+        now = value[:, positions]
+        value[:, positions] = (now + 1) % 24 if name == "ids" else from_levels((to_levels(now) + 1) % 256)
+    return changed
+
+
+def drawn(state: State) -> Tensor:
+    """The latents of a run, (B, L, ...)."""
+    (values,) = state.canvas.latents().values()
+    return values

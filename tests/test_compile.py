@@ -31,7 +31,9 @@ def test_compiled_training_is_plain_training(case: str) -> None:
         ours, theirs = plain.step(8), compiled.step(8)
         assert ours is not None and theirs is not None
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    for (name, a), (_, b) in zip(plain.model.named_parameters(), compiled.model.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        plain.model.named_parameters(), compiled.model.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     assert plain.validate()[0].keys() == compiled.validate()[0].keys()
 

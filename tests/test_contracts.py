@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.contracts import CACHES, CASES, Case, start, true_latents
+from tests.contracts import CACHES, CASES, Case, changed_at, drawn, start, true_latents
 from varkit.canvases.base import gather_positions
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model, advance, run
@@ -40,7 +40,7 @@ def force(model: Model, state: State, latents: dict[str, Tensor]) -> list[Tensor
 
 
 def filled(tokenizer, latents: dict[str, Tensor]):
-    canvas = tokenizer.canvas(len(latents["ids"]))
+    canvas = tokenizer.canvas(len(next(iter(latents.values()))))
     canvas.fill(latents)
     return canvas
 
@@ -99,8 +99,7 @@ def test_later_latents_never_change_earlier_steps(case: Case):
     latents = true_latents(tokenizer, model, BATCH)
     before = force(model, start(tokenizer, model, case.conditions(BATCH)), latents)
     for k, step in enumerate(model.plan.steps):
-        changed = {"ids": latents["ids"].clone()}
-        changed["ids"][:, step.target] = (changed["ids"][:, step.target] + 1) % 24
+        changed = changed_at(latents, step.target)
         after = force(model, start(tokenizer, model, case.conditions(BATCH)), changed)
         for j in range(k + 1):
             assert torch.equal(before[j], after[j])
@@ -121,11 +120,9 @@ def test_a_batch_equals_its_samples_alone(case: Case):
 
 def test_sampled_latents_do_not_depend_on_the_batch(case: Case):
     tokenizer, model = case.build()
-    together = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"]
+    together = drawn(run(model, start(tokenizer, model, case.conditions(BATCH))))
     for order in ([2], [1, 0], [2, 2, 0]):
-        chosen = run(model, start(tokenizer, model, case.conditions(BATCH)).select(order)).canvas.latents()[
-            "ids"
-        ]
+        chosen = drawn(run(model, start(tokenizer, model, case.conditions(BATCH)).select(order)))
         assert torch.equal(chosen, together[order])
 
 
@@ -141,7 +138,7 @@ def test_pictures_are_identical_twice_and_differ_by_seed(case: Case):
 
 def test_rollback_fork_and_merge_at_different_steps(case: Case):
     tokenizer, model = case.build()
-    straight = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"]
+    straight = drawn(run(model, start(tokenizer, model, case.conditions(BATCH))))
     last = len(model.plan.steps)
     early, late = (
         start(tokenizer, model, case.conditions(BATCH)),
@@ -151,7 +148,7 @@ def test_rollback_fork_and_merge_at_different_steps(case: Case):
     run(model, late)
     late.rollback(torch.tensor([1, last - 1, last]))
     merged = run(model, State.concat([early.select([1, 0]), late]))
-    assert torch.equal(merged.canvas.latents()["ids"], straight[[1, 0, 0, 1, 2]])
+    assert torch.equal(drawn(merged), straight[[1, 0, 0, 1, 2]])
 
 
 def test_prompts_of_different_lengths_are_merged():
@@ -183,11 +180,11 @@ def test_ragged_samples_in_float64():
 def test_filling_a_canvas_copies_and_decoding_leaves_the_latents_alone(case: Case):
     tokenizer, model = case.build()
     latents = true_latents(tokenizer, model, BATCH)
-    before = latents["ids"].clone()
+    before = {name: value.clone() for name, value in latents.items()}
     state = start(tokenizer, model, case.conditions(BATCH))
     state.canvas.fill(latents)
     advance(model, state)
-    assert torch.equal(latents["ids"], before)
+    assert all(torch.equal(latents[name], before[name]) for name in before)
 
 
 def test_a_pyramid_takes_several_levels_at_once_and_levels_drawn_anew():
@@ -214,9 +211,7 @@ def test_ports_reach_the_condition_of_each_sample(case: Case):
         shapes.append((h.shape[0], next(iter(prepared.values())).shape[:2]))
         return h
 
-    state.options = replace(
-        state.options, ports={("block", 0): port, ("attention", 1): lambda h, s, p: port(h, s, p)}
-    )
+    state.options = replace(state.options, ports=dict.fromkeys(case.sites, port))
     advance(model, state)
     assert shapes == [(2 * BATCH, (2, BATCH))] * 2
 
@@ -240,13 +235,13 @@ def test_shared_slots_may_show_each_sample_its_own(case: Case):
 
 def test_a_saved_state_goes_on(case: Case):
     tokenizer, model = case.build()
-    straight = run(model, start(tokenizer, model, case.conditions(BATCH))).canvas.latents()["ids"].clone()
+    straight = drawn(run(model, start(tokenizer, model, case.conditions(BATCH)))).clone()
     state = start(tokenizer, model, case.conditions(BATCH))
     advance(model, state)
     advance(model, state)
     saved = {k: v.clone() for k, v in state.tensors().items()}
     fresh = start(tokenizer, model, case.conditions(BATCH), seed=99).with_tensors(saved)
-    assert torch.equal(run(model, fresh).canvas.latents()["ids"], straight)
+    assert torch.equal(drawn(run(model, fresh)), straight)
 
 
 def test_guidance_off_equals_equal_branches(case: Case):
@@ -255,7 +250,7 @@ def test_guidance_off_equals_equal_branches(case: Case):
     doubled = start(tokenizer, model, case.conditions(BATCH), guidance=3.0)
     conditional = {k: v[:1].expand(2, *v.shape[1:]).clone() for k, v in doubled.prepared.items()}
     doubled.prepared = conditional
-    assert torch.equal(run(model, doubled).canvas.latents()["ids"], single.canvas.latents()["ids"])
+    assert torch.equal(drawn(run(model, doubled)), drawn(single))
 
 
 def test_evaluations_and_tokens_are_counted(case: Case):

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.pixelcnn import PixelCNNConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
+from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.hub import llamagen, var
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import load_parts, save_parts
@@ -32,6 +35,7 @@ from varkit.plans.raster import RasterConfig
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.tokenizers.pixels import PixelsConfig
 from varkit.tokenizers.vq import VQConfig
 
 SCHEDULE = (1, 2, 3)
@@ -50,6 +54,9 @@ CONFIGS = {
     "head": HEAD,
     "scales": ScalesConfig((1, (2, 3))),
     "raster": RasterConfig((2, 3)),
+    "pixels": PixelsConfig((2, 4)),
+    "pixelcnn": PixelCNNConfig(ClassConfig(2), (2, 4), width=8, levels=2),
+    "mixture": LogisticMixtureConfig(8, 2),
 }
 
 
@@ -260,6 +267,18 @@ def test_truncated_weights(folder, size):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(UserError, match="is damaged or not safetensors"):
         load_parts(folder)
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path):
+    """The first byte of a safetensors file is the lowest of its header's length, and may be 0x80."""
+    for padding in range(256):
+        path = tmp_path / "weights.safetensors"
+        save_file({"weight": torch.ones(2)}, path, metadata={"padding": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    else:
+        pytest.fail("no padding gives such a header")
+    assert torch.equal(read_safetensors(path)["weight"], torch.ones(2))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -9,6 +9,7 @@ import torch
 
 from tests.contracts import CASES, true_latents
 from varkit.data.registry import open_dataset
+from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.attention import Packed
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
@@ -30,7 +31,9 @@ def objective(name: str):
     return model, NextStepLoss(model.generator, model.heads["main"], condition_drop=0.0), canvas, condition
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, case in CASES.items() if isinstance(case.head, CategoricalConfig))
+)
 def test_a_zero_head_has_the_loss_of_a_uniform_guess(name: str):
     model, loss, canvas, condition = objective(name)
     torch.nn.init.zeros_(loss.head.out.weight)

@@ -28,7 +28,7 @@ class Edit(Sampling):
     """Redraw outside the box instead (out-painting)."""
     raw: bool = False
     """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
-    model: str = "digits"
+    model: str = "scenes"
     """A bundled model, a saved folder, or a training's output folder."""
     n: int = 1
     """Versions to draw."""

@@ -48,7 +48,7 @@ class Generate(Sampling):
 
     caption: Positional[str | None] = None
     """What to draw, for a text model; the name of a class, for a class model."""
-    model: str = "digits"
+    model: str = "scenes"
     """A bundled model, a saved folder, or a training's output folder."""
     label: int | None = None
     """What to draw, for a class model: a label."""

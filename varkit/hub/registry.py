@@ -11,9 +11,12 @@ from varkit.errors import unknown_name
 PARTS: dict[str, str] = {
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq:MultiScaleVQConfig",
     "VQ": "varkit.tokenizers.vq:VQConfig",
+    "Pixels": "varkit.tokenizers.pixels:PixelsConfig",
     "VAR": "varkit.generators.var:VARConfig",
     "LlamaGen": "varkit.generators.llamagen:LlamaGenConfig",
+    "PixelCNN": "varkit.generators.pixelcnn:PixelCNNConfig",
     "CategoricalHead": "varkit.heads.categorical:CategoricalConfig",
+    "LogisticMixtureHead": "varkit.heads.logistic_mixture:LogisticMixtureConfig",
     "scales": "varkit.plans.scales:ScalesConfig",
     "raster": "varkit.plans.raster:RasterConfig",
 }

@@ -36,8 +36,9 @@ def read_safetensors(path: StrPath) -> State:
     """Tensors of a safetensors file, memory-mapped."""
     _check_file(path)
     with open(path, "rb") as file:
-        head = file.read(4)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
+        head = file.read(9)
+    # The length of a safetensors header may begin with a pickle's first byte; its ninth byte opens the header.
+    if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
         raise UserError(
             f"{str(path)!r} is a pickled checkpoint under a safetensors name; convert it with `varkit convert`"
         )
