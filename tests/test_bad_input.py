@@ -279,7 +279,10 @@ def test_pictures_never_replace_folders(fails: Fails, here: Path, class_model: P
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["digist"], "unknown recipe 'digist'; did you mean 'digits'? A folder of pictures works too."),
+        (
+            ["digist"],
+            "unknown recipe 'digist'; did you mean 'digits' or 'digits-raster'? A folder of pictures works too.",
+        ),
         (["some/where"], "folder some/where does not exist; give a folder of pictures"),
         (["pictures"], "folder pictures gives no pictures: it has no .jpg, .png or other picture files"),
         (["digits", "--minutes", "1", "--steps", "5"], "both --minutes 1.0 and --steps 5 were given"),

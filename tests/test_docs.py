@@ -34,6 +34,9 @@ PATH = re.compile(
 )
 PUBLIC_NAME = re.compile(r"(?<=`)varkit(?:\.\w+)+(?=[`(])")
 NAMED_TEST = re.compile(r"(tests/\w+\.py)::(\w+)")
+MADE = re.compile(r"^```\w+\n# (\S+)$", re.MULTILINE)
+"""Files that a page has the reader write: a block whose first line is a comment with the path."""
+
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -78,7 +81,8 @@ def check_command(words: list[str]) -> None:
 def wrong_references(page: Path) -> Iterable[str]:
     """What a page names and the repository does not have: files, folders, links, tests, public names."""
     text = page.read_text(encoding="utf-8")
-    yield from (path for path in PATH.findall(text) if not (ROOT / path).exists())
+    made = set(MADE.findall(text))
+    yield from (path for path in PATH.findall(text) if path not in made and not (ROOT / path).exists())
     links = [link for link in LINK.findall(text) if "://" not in link and not link.startswith("mailto:")]
     yield from (link for link in links if not (page.parent / link).exists())
     for file, test in NAMED_TEST.findall(text):
