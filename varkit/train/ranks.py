@@ -6,6 +6,7 @@ resumed on another number of ranks. Weights, moments and averages are whole on e
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,8 +109,19 @@ def together() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield current()
-    finally:
-        dist.destroy_process_group()
+    store, rank, world = next(dist.rendezvous("env://"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    yield current()
+    _part(store, rank, world)
+    dist.destroy_process_group()
+
+
+def _part(store: dist.Store, rank: int, world: int) -> None:
+    """Wait, over the store, until every rank has its last message: one that leaves earlier breaks the others'."""
+    store.add("done", 1)
+    while store.add("done", 0) < world:
+        time.sleep(0.01)
+    store.add("left", 1)
+    while rank == 0 and store.add("left", 0) < world:  # the store may live in this process
+        time.sleep(0.01)
