@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from varkit.catalog.models import Trained
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from varkit.hub.pipeline import Pipeline
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]
@@ -38,12 +36,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a model. lower: whether less is better, None where neither is."""
+    """A figure of a model."""
 
     name: str
     measure: Callable[[Subject], float]
     unit: str = ""
-    lower: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,6 @@ class Part:
     rule: Rule
     seeds: tuple[int, ...] = (0, 1, 2)
     sampling: bool = False
-    picture: "Callable[[Values, Mapping[str, Image.Image]], Image.Image] | None" = None
 
     def model(self, arm: Arm, seed: int) -> Trained:
         """The model of an arm at a seed."""

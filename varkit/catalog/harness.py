@@ -39,6 +39,10 @@ def available() -> list[str]:
 def find_experiment(name: str) -> Experiment:
     """The `EXPERIMENT` of a file in the folder of experiments. Raises `UserError` for an unknown name."""
     names = available()
+    if not names:
+        raise UserError(
+            f"there are no experiments in {str(experiments_folder())!r}; run from a checkout of varkit"
+        )
     if name not in names:
         raise unknown_name("experiment", name, names, "(see varkit systems)")
     spec = importlib.util.spec_from_file_location(
@@ -80,7 +84,7 @@ def reproduce(
         chosen = part.seeds[:seeds]
         values, samples = _measure(part, chosen, store, partial, say)
         parts.append(_summary(part, values, chosen))
-        pictures.append(part.picture(values, samples) if part.picture else _rows(list(samples.values())))
+        pictures.append(_rows(list(samples.values())))
     result = {
         "name": experiment.name,
         "measures": experiment.measures,

@@ -1,6 +1,6 @@
 """Metrics that experiments share: what a model costs, and how good its pictures are.
 
-Pictures are drawn once for a subject and judged by every metric that needs them. Legend: N pictures, H W pixels.
+Each draws the pictures it judges; the first few of one go into the result. Legend: N pictures, H W pixels.
 """
 
 import time
@@ -57,7 +57,7 @@ def digits_read(n: int) -> Metric:
 
         return float(evaluate_digits(subject.pipeline, n, subject.seed).summary()["accuracy"])
 
-    return Metric("digits read", measure, lower=False)
+    return Metric("digits read", measure)
 
 
 def fid_to(dataset: str, n: int) -> Metric:
@@ -77,7 +77,7 @@ def fid_to(dataset: str, n: int) -> Metric:
         subject.kept[PICTURES] = np.concatenate([to_array(batch) for batch in batches[:1]])
         return compare(collect(features, batches), real, resamples=0).figures["fid"].value
 
-    return Metric("FID", measure, "small features", lower=True)
+    return Metric("FID", measure, "small features")
 
 
 def scenes_right(n: int) -> Metric:
@@ -92,7 +92,7 @@ def scenes_right(n: int) -> Metric:
         pairs = zip(images[:n], captions[:n], strict=True)
         return report(score(image, caption) for image, caption in pairs)["overall"]
 
-    return Metric("scene score", measure, lower=False)
+    return Metric("scene score", measure)
 
 
 def halves_completed(n: int) -> tuple[Metric, Metric]:
@@ -109,8 +109,8 @@ def halves_completed(n: int) -> tuple[Metric, Metric]:
         return subject.kept["completed"]
 
     return (
-        Metric("halves read", lambda subject: complete(subject)[0], lower=False),
-        Metric("error outside", lambda subject: complete(subject)[1], lower=True),
+        Metric("halves read", lambda subject: complete(subject)[0]),
+        Metric("error outside", lambda subject: complete(subject)[1]),
     )
 
 
@@ -147,9 +147,9 @@ def _complete_halves(subject: Subject, n: int) -> tuple[float, float]:
 
 PARAMETERS = Metric("parameters", parameters, "M")
 BLOCKS = Metric("block parameters", block_parameters, "M")
-EVALUATIONS = Metric("evaluations", evaluations, lower=True)
-SECONDS = Metric("seconds a picture", seconds_per_picture, "s", lower=True)
-LOSS = Metric("held-out loss", held_out_loss, "nats a token", lower=True)
+EVALUATIONS = Metric("evaluations", evaluations)
+SECONDS = Metric("seconds a picture", seconds_per_picture, "s")
+LOSS = Metric("held-out loss", held_out_loss, "nats a token")
 
 
 def _prompts(subject: Subject, n: int) -> list[str | int]:

@@ -80,8 +80,8 @@ class Evaluate(Sampling):
                 raise UserError(f"--{name} is {value}; it must be at least {least}")
         for name, suites in OPTIONS.items():
             if getattr(self, name) != getattr(type(self), name) and self.suite not in suites:
-                brings = "; the suite {self.suite} brings its own" if name == "data" else ""
-                raise UserError(f"--{name} is for the suite {' and '.join(suites)}{brings}".format(self=self))
+                brings = f"; the suite {self.suite} brings its own" if name == "data" else ""
+                raise UserError(f"--{name} is for the suite {' and '.join(suites)}{brings}")
         if self.seeds > 1 and self.suite != "scenes":
             raise UserError(f"--seeds is for the suite scenes; raise --n for the suite {self.suite}")
         if self.chosen() and self.suite == "reconstruction":

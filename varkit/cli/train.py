@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from varkit.cli.console import log
 from varkit.errors import UserError
 from varkit.files import ensure_writable
+
+if TYPE_CHECKING:
+    from varkit.train.run import Request
 
 
 @dataclass(frozen=True)
@@ -35,34 +39,39 @@ class Train:
     """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 
     def run(self) -> None:
-        """Train, and say where the model is."""
-        if self.recipe == "features":
-            return self._features()
+        """Train, and say where the result is; under torchrun, the first process says it."""
         from varkit.train.ranks import together
-        from varkit.train.recipes import find_recipe
-        from varkit.train.run import Request, check_run, train_recipe
+
+        with together() as ranks:
+            made = self._features() if self.recipe == "features" else self._model(ranks.first)
+            if ranks.first:
+                print(made)
+
+    def _request(self) -> "Request":
+        from varkit.train.run import Request
 
         tokenizer = None if self.tokenizer is None else str(self.tokenizer)
-        request = Request(
+        return Request(
             self.recipe, self.minutes, self.steps, tokenizer, self.seed, self.compile, self.accumulation
         )
-        with together() as ranks:
-            if ranks.first:
-                check_run(self.out, request, self.resume)
-                ensure_writable(self.out / "request.json")
-            recipe, dataset = find_recipe(self.recipe)
-            model = train_recipe(request, recipe, dataset, self.out, self.resume, log)
-            if not ranks.first:
-                return
-            if dataset.report.counts:
-                log(f"pictures: {dataset.report}")
-            print(model)
 
-    def _features(self) -> None:
+    def _model(self, first: bool) -> Path:
+        from varkit.train.recipes import find_recipe
+        from varkit.train.run import check_run, train_recipe
+
+        request = self._request()
+        if first:
+            check_run(self.out, request, self.resume)
+            ensure_writable(self.out / "request.json")
+        recipe, dataset = find_recipe(self.recipe)
+        model = train_recipe(request, recipe, dataset, self.out, self.resume, log)
+        if first and dataset.report.counts:
+            log(f"pictures: {dataset.report}")
+        return model
+
+    def _features(self) -> Path:
         from varkit.train.features_task import train_features
-        from varkit.train.run import Request
 
         if self.tokenizer is not None:
             raise UserError("--tokenizer is for models; features are trained on pictures, without one")
-        request = Request(self.recipe, self.minutes, self.steps, seed=self.seed, compile=self.compile)
-        print(train_features(self.out, request, self.resume))
+        return train_features(self.out, self._request(), self.resume)

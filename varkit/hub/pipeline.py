@@ -187,7 +187,7 @@ class Pipeline:
         if not combine.off:
             null = self.generator.conditioner.null(condition)
             condition = {k: torch.cat([v, null[k]]) for k, v in condition.items()}
-        smooth = SmoothSampler(pick, self.tokenizer.quantizer.codebook) if settings.smooth else pick
+        sampler = SmoothSampler(pick, self._codebook()) if settings.smooth else pick
         cache = self.how.cache(batch, 1 if combine.off else 2, self.model.plan.slots)
         prepared = self.generator.prepare(condition)
         return State.start(
@@ -195,8 +195,14 @@ class Pipeline:
             cache,
             prepared,
             Draws.start(seed, samples),
-            Options(combine, self.how.wrap(smooth), self.how.ports, self.how.override),
+            Options(combine, self.how.wrap(sampler), self.how.ports, self.how.override),
         )
+
+    def _codebook(self) -> torch.Tensor:
+        quantizer = getattr(self.tokenizer, "quantizer", None)
+        if quantizer is None:
+            raise UserError("smooth mixes codes, and this model has none; leave it out")
+        return quantizer.codebook
 
     def starts(
         self,

@@ -21,6 +21,7 @@ from varkit.files import StrPath
 from varkit.hub.states import write_safetensors
 from varkit.pictures import to_tensor
 from varkit.train.loop import load_run, train
+from varkit.train.ranks import current
 from varkit.train.run import Request
 from varkit.train.task import Phase, Task, TrainConfig
 
@@ -104,11 +105,12 @@ class FeaturesTask(Task):
 def train_features(out: StrPath, request: Request, resume: bool = False) -> Path:
     """Train in the folder `out`; returns the weights there, float16, for `load_features`."""
     torch.manual_seed(request.seed)
-    task = FeaturesTask(SmallFeatures(), BATCH, request.seed)
+    task = FeaturesTask(SmallFeatures(), request.micro_batch(BATCH), request.seed)
     result = train(task, request.apply(SETTINGS, share=1.0), out, resume)
     weights = load_run(result.path)["features"]
     path = result.path / "features.safetensors"
-    write_safetensors(path, {name: value.half() for name, value in weights.items()})
+    if current().first:
+        write_safetensors(path, {name: value.half() for name, value in weights.items()})
     return path
 
 

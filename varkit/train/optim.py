@@ -56,25 +56,24 @@ class NamedOptimizer:
         decay: Callable[[str, Tensor], bool],
         weight_decay: float,
         betas: tuple[float, float],
-        matrices: Callable[[str, Tensor], bool] = lambda name, parameter: False,
+        matrices: Callable[[str, Tensor], bool] | None = None,
     ) -> None:
         self.parameters = parameters
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, p in parameters.items():
-            groups.setdefault((matrices(name, p), decay(name, p)), []).append(p)
-        adamw, muon = (
-            [
-                {"params": params, "weight_decay": weight_decay if decayed else 0.0}
-                for (matrix, decayed), params in groups.items()
-                if matrix is wanted
+        kinds = {name: matrices is not None and matrices(name, p) for name, p in parameters.items()}
+        made: dict[bool, torch.optim.Optimizer] = {}
+        for muon in sorted(set(kinds.values())):
+            own = {name: p for name, p in parameters.items() if kinds[name] is muon}
+            groups = [
+                {"params": [p for n, p in own.items() if decay(n, p)], "weight_decay": weight_decay},
+                {"params": [p for n, p in own.items() if not decay(n, p)], "weight_decay": 0.0},
             ]
-            for wanted in (False, True)
-        )
-        self.optimizers: list[torch.optim.Optimizer] = []
-        if adamw:
-            self.optimizers.append(torch.optim.AdamW(adamw, lr=0.0, betas=betas, fused=True))
-        if muon:
-            self.optimizers.append(torch.optim.Muon(muon, lr=0.0, adjust_lr_fn="match_rms_adamw"))
+            groups = [group for group in groups if group["params"]]
+            if muon:
+                made[muon] = torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
+            else:
+                made[muon] = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        self.of = {name: made[kinds[name]] for name in parameters}
+        self.optimizers = list(made.values())
         self._decays = [[group["weight_decay"] for group in o.param_groups] for o in self.optimizers]
 
     def step(self, lr: float, decay_factor: float = 1.0) -> None:
@@ -93,7 +92,7 @@ class NamedOptimizer:
         """`name/exp_avg`, `name/exp_avg_sq` and `name/step` of every parameter that has had a gradient; of Muon's,
         `name/momentum_buffer`.
         """
-        states = {n: o.state.get(p, {}) for n, p in self.parameters.items() for o in self._of(p)}
+        states = {name: self.of[name].state.get(p, {}) for name, p in self.parameters.items()}
         return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -104,14 +103,7 @@ class NamedOptimizer:
             name, _, kind = key.rpartition("/")
             parameter = self.parameters[name]
             own = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
-            for optimizer in self._of(parameter):
-                optimizer.state[parameter][kind] = own.detach().copy_(value)
-
-    def _of(self, parameter: nn.Parameter) -> list[torch.optim.Optimizer]:
-        """The optimizer of a parameter."""
-        return [
-            o for o in self.optimizers for g in o.param_groups if any(p is parameter for p in g["params"])
-        ]
+            self.of[name].state[parameter][kind] = own.detach().copy_(value)
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:

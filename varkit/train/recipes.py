@@ -196,7 +196,7 @@ def folder_recipe(spec: str, dataset: Dataset) -> Recipe:
         ),
         TrainConfig(minutes=10, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
         batch_size=16,
-        decoder=scenes().tokenizer.decoder,
+        decoder=TrainConfig(steps=1300, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16"),
     )  # fmt: skip
     if probe.captions is not None:
         condition: ClassConfig | TextConfig = TextConfig(length=_text_length(dataset))

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -188,16 +188,20 @@ class Trainer:
         if not parameters:
             raise UserError(f"phase {phase.name!r} has no parameter to train in {', '.join(phase.parts)}")
         decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
-        betas, muon = phase.betas or self.config.betas, self.config.optimizer == "muon"
-        return NamedOptimizer(parameters, phase.decays, decay, betas, *([in_block] if muon else []))
+        matrices = in_block if self.config.optimizer == "muon" else None
+        return NamedOptimizer(parameters, phase.decays, decay, phase.betas or self.config.betas, matrices)
 
     def validate(self) -> tuple[dict[str, float], Any]:
         """Metrics and a picture of the averaged weights."""
-        with self.ema.swapped_in(), torch.compiler.set_stance("force_eager"):
+        with self.ema.swapped_in(), self._uncompiled():
             seed_torch(self.config.seed, 0, "validate")
             metrics = {name: float(value) for name, value in self.task.validate().items()}
             seed_torch(self.config.seed, 0, "samples")
             return metrics, self.task.samples()
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Validation meets other shapes and caches, which are not worth compiling for; asking torch costs seconds."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
 
     def checkpoint(self) -> Checkpoint:
         """Everything a run needs to go on; the tensors are the live ones."""
