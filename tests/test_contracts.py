@@ -14,6 +14,7 @@ from varkit.decode.state import State
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.nn.attention import Packed
 from varkit.plans.join import pack
+from varkit.train.lessons import WholePlan
 from varkit.train.objective import NextStepLoss
 
 BATCH = 3
@@ -284,12 +285,10 @@ def test_weights_stored_smaller_compute_in_float32(tmp_path):
 def test_gradients_reach_every_parameter(case: Case):
     tokenizer, model = case.build()
     objective = NextStepLoss(model.generator, model.heads["main"], condition_drop=0.5).train()
-    step = model.plan.training_step()
     condition = {k: v[0] for k, v in case.conditions(6).items()}
     torch.manual_seed(0)
-    objective(
-        filled(tokenizer, true_latents(tokenizer, model, 6)), step, condition, len(step.target)
-    ).backward()
+    lesson = WholePlan(tokenizer, model.plan).lesson(true_latents(tokenizer, model, 6))
+    objective(lesson, condition).backward()
     without = [
         n for n, p in objective.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)
     ]

@@ -1,6 +1,7 @@
 """Teacher forcing: exact losses, progressive training, and both orders learning through the one trainer."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from varkit.nn.attention import Packed
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.train.generator_task import Forced, NextStepTask
+from varkit.train.lessons import WholePlan
 from varkit.train.loop import load_run, train
-from varkit.train.objective import NextStepLoss, Progressive
+from varkit.train.objective import NextStepLoss
+from varkit.train.progressive import Progressive
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
 from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
@@ -25,29 +28,27 @@ from varkit.train.tokens import Tokens
 def objective(name: str):
     case = CASES[name]
     tokenizer, model = case.build()
-    canvas = tokenizer.canvas(3)
-    canvas.fill(true_latents(tokenizer, model, 3))
+    lesson = WholePlan(tokenizer, model.plan).lesson(true_latents(tokenizer, model, 3))
     condition = {k: v[0] for k, v in case.conditions(3).items()}
-    return model, NextStepLoss(model.generator, model.heads["main"], condition_drop=0.0), canvas, condition
+    return model, NextStepLoss(model.generator, model.heads["main"], condition_drop=0.0), lesson, condition
 
 
 @pytest.mark.parametrize(
     "name", sorted(name for name, case in CASES.items() if isinstance(case.head, CategoricalConfig))
 )
 def test_a_zero_head_has_the_loss_of_a_uniform_guess(name: str):
-    model, loss, canvas, condition = objective(name)
+    _, loss, lesson, condition = objective(name)
     torch.nn.init.zeros_(loss.head.out.weight)
     if loss.head.out.bias is not None:
         torch.nn.init.zeros_(loss.head.out.bias)
-    step = model.plan.training_step()
-    value = loss(canvas, step, condition, len(step.target))
+    value = loss(lesson, condition)
     assert abs(value.item() - math.log(24)) < 1e-5
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_stepwise_logits():
-    model, loss, canvas, condition = objective("var-class")
-    step = model.plan.training_step()
-    each = loss.losses(canvas, step, condition)
+    model, loss, lesson, condition = objective("var-class")
+    canvas, step = lesson.canvas, lesson.step
+    each = loss.losses(lesson, condition)
     h = model.generator(
         canvas.feed(step.feed),
         step,
@@ -56,17 +57,41 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_stepwise_logits():
     )
     slow = -model.heads["main"].logits(h).log_softmax(-1).gather(-1, canvas.ids[..., None]).squeeze(-1)
     assert torch.allclose(each, slow, atol=1e-5)
-    assert abs(loss(canvas, step, condition, len(step.target)).item() - slow.mean().item()) < 1e-5
+    assert abs(loss(lesson, condition).item() - slow.mean().item()) < 1e-5
 
 
 def test_a_truncated_step_has_the_losses_of_the_full_one():
-    model, loss, canvas, condition = objective("var-class")
-    full, part = model.plan.training_step(), model.plan.training_step(2)
-    whole, some = loss.losses(canvas, full, condition), loss.losses(canvas, part, condition)
+    model, loss, full, condition = objective("var-class")
+    part = replace(full, step=model.plan.training_step(2))
+    whole, some = loss.losses(full, condition), loss.losses(part, condition)
     assert torch.allclose(whole[:, : some.shape[1]], some, atol=1e-5)
-    total = len(full.target)
-    expected = some.sum(1).mean() / total
-    assert abs(loss(canvas, part, condition, total).item() - expected.item()) < 1e-6
+    expected = some.sum(1).mean() / full.step.target.shape[-1]
+    assert abs(loss(part, condition).item() - expected.item()) < 1e-6
+
+
+def test_coarse_scales_can_count_more():
+    tokenizer, model = CASES["var-class"].build()
+    latents = true_latents(tokenizer, model, 2)
+    lessons = WholePlan(tokenizer, model.plan, step_power=0.5)
+    assert lessons.lesson(latents).weights is None, "held-out losses count every target alike"
+    weights = lessons.lesson(latents, 0).weights
+    assert weights is not None and abs(weights.mean().item() - 1) < 1e-6
+    sizes = [step.target.shape[-1] for step in model.plan.steps]
+    first, last = weights[0].item(), weights[-1].item()
+    assert abs(first / last - (sizes[-1] / sizes[0]) ** 0.5) < 1e-5
+
+
+def test_the_newest_scale_of_a_growing_plan_weighs_little_at_first():
+    tokenizer, model = CASES["var-class"].build()
+    latents, levels = true_latents(tokenizer, model, 2), len(model.plan.steps)
+    lessons = WholePlan(tokenizer, model.plan, step_power=0.5)
+    lessons.progressive = Progressive(levels, steps=100, first=1, fraction=1.0, ramp=10)
+    full = lessons.lesson(latents).step.target.shape[-1]
+    fresh = next(s for s in range(100) if lessons.progressive.at(s)[0] == 2)
+    lesson = lessons.lesson(latents, fresh)
+    newest = model.plan.steps[1].target.shape[-1]
+    assert lesson.weights is not None and lesson.total == full
+    assert lesson.weights[-newest:].max() < 0.2 < lesson.weights[:-newest].min()
 
 
 def test_scales_join_one_by_one_with_a_ramp():

@@ -27,6 +27,7 @@ from varkit.plans.join import pack
 from varkit.plans.raster import RasterConfig
 from varkit.plans.step import Slots, Step
 from varkit.tokenizers.pixels import PixelsConfig, from_levels, to_levels
+from varkit.train.lessons import WholePlan
 from varkit.train.objective import NextStepLoss
 from varkit.train.recipes import GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.run import Request, train_recipe
@@ -356,14 +357,12 @@ def test_a_trained_model_beats_a_histogram_of_independent_pixels():
     model, tokenizer = network(4, torch.float32, levels=2, dropout=0.0)
     objective = NextStepLoss(model.generator.train(), model.heads["main"], condition_drop=0.0)
     adam = torch.optim.Adam(objective.parameters(), lr=1e-2)
-    step, condition = model.plan.training_step(), {"label": torch.zeros(32, dtype=torch.int64)}
+    lessons, condition = WholePlan(tokenizer, model.plan), {"label": torch.zeros(32, dtype=torch.int64)}
     generator = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(120):
         colours = torch.randint(0, 256, (32, 1, 3), generator=generator).expand(-1, 16, -1)
-        canvas = tokenizer.canvas(32)
-        canvas.fill({"pixels": from_levels(colours)})
-        loss = objective(canvas, step, condition, 16)
+        loss = objective(lessons.lesson({"pixels": from_levels(colours)}), condition)
         adam.zero_grad()
         loss.backward()
         adam.step()

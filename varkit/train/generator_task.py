@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from varkit.canvases.base import Canvas
 from varkit.generators.base import Generator
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.heads.base import Head
 from varkit.plans.base import StaticPlan
 from varkit.tokenizers.base import Latents, Tokenizer
-from varkit.train.objective import NextStepLoss, Progressive
+from varkit.train.lessons import Lessons, WholePlan
+from varkit.train.objective import NextStepLoss
 from varkit.train.task import Phase, Task
 from varkit.train.tokens import Tokens
 
@@ -36,8 +36,8 @@ class Forced:
 class NextStepTask(Task):
     """Train a generator and its head to follow their plan over `tokens`.
 
-    recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in). `progressive`
-    may be set to VAR's growing number of scales, once the run's steps are known.
+    recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in). lessons: what
+    is made of true latents, `WholePlan` by default.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class NextStepTask(Task):
         seed: int = 0,
         condition_drop: float = 0.1,
         draw: Callable[[], Image.Image] | None = None,
+        lessons: Lessons | None = None,
     ) -> None:
         self.tokenizer, self.plan = parts.tokenizer.eval().requires_grad_(False), parts.plan
         self.tokens, self.held_out, self.batch_size, self.recipe = tokens, held_out, batch_size, recipe
         self.seed, self.draw = seed, draw
-        self.progressive: Progressive | None = None
+        self.lessons = WholePlan(self.tokenizer, self.plan) if lessons is None else lessons
         self.phases = (Phase("generator", ("generator", "head")),)
         self.objective = NextStepLoss(parts.generator, parts.head, condition_drop)
         self.modules: dict[str, nn.Module] = {"generator": parts.generator, "head": parts.head}
-        self._steps = {len(parts.plan.steps): parts.plan.training_step()}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def batch(self, step: int, micro: int) -> tuple[Latents, dict[str, Tensor]]:
@@ -91,27 +91,17 @@ class NextStepTask(Task):
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Mean loss over the plan's targets, in nats where the head has a likelihood."""
         latents, condition = batch
-        levels, newest = (
-            (len(self.plan.steps), 1.0) if self.progressive is None else self.progressive.at(step)
-        )
-        if levels not in self._steps:
-            self._steps[levels] = self.plan.training_step(levels)
-        weights = None
-        if newest < 1.0:
-            weights = torch.ones(self._steps[levels].target.shape[-1])
-            weights[-self.plan.steps[levels - 1].target.shape[-1] :] = newest
-        total = self._steps[len(self.plan.steps)].target.shape[-1]
-        loss = self.objective(self._filled(latents), self._steps[levels], condition, total, weights)
+        loss = self.objective(self.lessons.lesson(latents, step), condition)
         return loss, {"loss": loss.item()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Held-out loss (nats a token) overall and of each step of the plan when it has few."""
-        step, losses = self._steps[len(self.plan.steps)], []
+        losses = []
         for start in range(0, min(512, len(self.held_out)), 64):
             rows = np.arange(start, min(start + 64, len(self.held_out)))
             latents, condition = self._take(self.held_out, rows)
-            losses.append(self.objective.losses(self._filled(latents), step, condition))
+            losses.append(self.objective.losses(self.lessons.lesson(latents), condition))
         each = torch.cat(losses).mean(dim=0)
         result = {"loss": each.mean().item()}
         if len(self.plan.steps) <= 16:
@@ -122,8 +112,3 @@ class NextStepTask(Task):
     def samples(self) -> Image.Image | None:
         """A grid of pictures, if the caller knows how to draw them."""
         return None if self.draw is None else self.draw()
-
-    def _filled(self, latents: Latents) -> Canvas:
-        canvas = self.tokenizer.canvas(len(next(iter(latents.values()))))
-        canvas.fill(latents)
-        return canvas

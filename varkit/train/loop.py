@@ -33,6 +33,9 @@ BAD_STEPS = 10
 MAY_CHANGE = ("steps", "minutes", "log_every", "validate_every", "checkpoint_every", "checkpoint_minutes")
 """Settings that a resumed run may change (`steps` is compared with the resolved number)."""
 
+EXTENSIBLE = ("constant", "wsd")
+"""Schedules whose runs may end sooner or later than they began to: what was done does not depend on the end."""
+
 SHOWN = 3
 """Validation metrics beside the progress bar: the first ones."""
 
@@ -119,10 +122,14 @@ def _open(trainer: Trainer, run_dir: StrPath, resume: bool) -> tuple[Run, int]:
     if resume:
         run = Run.open(run_dir)
         record = run.read_config()
-        _check_unchanged(record, now | {"steps": config.steps or record["steps"]})
+        steps = config.steps or int(record["steps"])
+        longer = config.schedule in EXTENSIBLE and not run.finished()
+        _check_unchanged(record, now | {"steps": record["steps"] if longer else steps})
         if ranks.first:
             _warn_if_moved(record["versions"])
-        return run, int(record["steps"])
+            if steps != record["steps"]:
+                run.write_config(record | {"steps": steps})
+        return run, steps
     if config.steps is None and config.minutes is None:
         raise UserError("neither steps nor minutes were given; say how long to train, e.g. --minutes 10")
     run = Run.create(run_dir) if ranks.first else Run(run_dir)

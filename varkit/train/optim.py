@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 TABLES = {"position", "level", "start", "log_scale", "modulation_offset", "embedding"}
 WARMUP_FROM = 0.005
+DECAY_SHARE = 0.2
+"""Of a `wsd` run (warm-up, stable, decay; arXiv 2404.06395): such a run can be made longer while it is stable."""
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -31,6 +33,8 @@ def lr_factor(schedule: str, step: int, steps: int, warmup: int | float, final: 
         rest = 0.5 * (1 + math.cos(math.pi * t))
     elif schedule == "linear":
         rest = 1 - t
+    elif schedule == "wsd":
+        rest = min(1.0, (1 - t) / DECAY_SHARE)
     elif schedule == "lin0":
         rest = min(1.0, (1 - t) / 0.95)
     else:

@@ -3,8 +3,9 @@
 Sizes were chosen by measurement on two cores; `docs/log.md` tells what else was tried.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from varkit.data.base import Dataset
@@ -23,6 +24,7 @@ from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.tokenizers.pixels import PixelsConfig
 from varkit.tokenizers.vq import VQConfig
+from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
 
@@ -45,9 +47,10 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class GeneratorRecipe:
-    """How the generator is built and trained, over how many encoded pictures, and how it samples by default.
+    """How the generator is built and trained, and over how many encoded pictures.
 
     progressive: the part of the run by which all scales have joined (VAR's progressive training); 0 trains all at once.
+    teach(tokenizer, plan) makes the lessons. settings: how the model samples by default.
     parts: configurations in place of the head or plan that the generator has by default, by name.
     """
 
@@ -57,6 +60,7 @@ class GeneratorRecipe:
     pictures: int = 4096
     condition_drop: float = 0.1
     progressive: float = 0.0
+    teach: Callable[[Any, Any], Lessons] = WholePlan
     settings: Settings = Settings()
     parts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,11 +89,11 @@ def scenes() -> Recipe:
         ConvConfig(128, multipliers=(1, 1), res_blocks=1, latent_channels=32, attention=False, groups=0, patch=4),
         vocab_size=1024, code_channels=16, schedule=side, rate=1.0, encoder=PatchEncoderConfig(),
     )  # fmt: skip
-    text = TextConfig(vocabulary=tuple(WORDS), length=24, width=128, depth=2, heads=4)
+    text = TextConfig(vocabulary=tuple(WORDS), length=24, width=192, depth=4, heads=6)
     generator = VARConfig(
-        depth=7,
-        width=128,
-        heads=2,
+        depth=8,
+        width=192,
+        heads=3,
         schedule=side,
         code_width=16,
         condition=text,
@@ -111,8 +115,11 @@ def scenes() -> Recipe:
         ),
         GeneratorRecipe(
             generator,
-            TrainConfig(steps=4200, lr=2e-3, dtype="bfloat16", final=0.02, optimizer="muon"),
-            pictures=128_000,
+            TrainConfig(
+                steps=18_000, lr=2e-3, dtype="bfloat16", warmup=200, schedule="wsd", final=0.02, optimizer="muon"
+            ),
+            pictures=384_000,
+            teach=partial(WholePlan, step_power=0.5),
             settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
         ),
         prompts=(

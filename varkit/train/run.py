@@ -25,8 +25,9 @@ from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 from varkit.tokenizers.pixels import Pixels
 from varkit.tokenizers.vq import VQ
 from varkit.train.generator_task import Forced, NextStepTask
+from varkit.train.lessons import WholePlan
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
-from varkit.train.objective import Progressive
+from varkit.train.progressive import Progressive
 from varkit.train.ranks import current
 from varkit.train.recipes import Recipe
 from varkit.train.task import TrainConfig
@@ -151,7 +152,11 @@ def check_run(out: StrPath, request: Request, resume: bool) -> None:
         # A setting that came later than the run had its default then.
         before = asdict(Request(request.recipe)) | _begun_with(root)
         asked = asdict(request)
-        changed = [f"{k} (was {before.get(k)!r}, now {v!r})" for k, v in asked.items() if before.get(k) != v]
+        changed = [
+            f"{k} (was {before.get(k)!r}, now {v!r})"
+            for k, v in asked.items()
+            if k != "steps" and before.get(k) != v
+        ]
         if changed:
             raise UserError(
                 f"the training in {str(root)!r} was started with other settings: {', '.join(changed)}; "
@@ -233,21 +238,25 @@ def _train_generator(
     pipeline = Pipeline(
         {"tokenizer": tokenizer} | built, {"tokenizer": tokenizer.config} | configs, part.settings
     )
+    lessons = part.teach(tokenizer, plan)
     settings = {
         "recipe": recipe.name,
         "generator": to_json(configs["generator"]),
         "batch_size": part.batch_size,
         "pictures": len(tokens),
+        "lessons": lessons.settings,
     }
     task = NextStepTask(
         Forced(tokenizer, generator, head, plan), tokens, held_out, request.micro_batch(part.batch_size), settings,
         request.seed, part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
+        lessons=lessons,
     )  # fmt: skip
     say("training the generator")
     train_config = request.apply(part.train, share)
     if part.progressive:
         train_config = _with_steps(task, train_config, root / "generator")
-        task.progressive = Progressive.over(len(plan.steps), train_config, part.progressive)
+        assert isinstance(lessons, WholePlan), "only whole plans grow scale by scale"
+        lessons.progressive = Progressive.over(len(plan.steps), train_config, part.progressive)
     result = _stage(task, train_config, root / "generator")
     averaged = load_run(root / "generator")
     generator.load_state_dict(averaged["generator"])

@@ -18,7 +18,7 @@ from varkit.train.optim import decays
 if TYPE_CHECKING:
     from PIL import Image
 
-SCHEDULES = ("cosine", "linear", "constant", "lin0")
+SCHEDULES = ("cosine", "linear", "constant", "lin0", "wsd")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 
