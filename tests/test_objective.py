@@ -55,7 +55,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_stepwise_logits():
         model.generator.prepare({k: v[None] for k, v in condition.items()}),
         Packed(step.sees.own),
     )
-    slow = -model.heads["main"].logits(h).log_softmax(-1).gather(-1, canvas.ids[..., None]).squeeze(-1)
+    slow = -model.heads["main"].logits(h).log_softmax(-1).gather(-1, canvas.chosen[..., None]).squeeze(-1)
     assert torch.allclose(each, slow, atol=1e-5)
     assert abs(loss(lesson, condition).item() - slow.mean().item()) < 1e-5
 

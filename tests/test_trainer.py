@@ -498,10 +498,11 @@ def test_schedules() -> None:
 
     assert at("cosine", 0) == pytest.approx(0.005)
     assert at("cosine", 5) == pytest.approx(0.005 + 0.995 / 2)
-    for schedule in ("cosine", "linear", "lin0"):
+    for schedule in ("cosine", "linear", "lin0", "wsd"):
         assert at(schedule, 10) == 1 and at(schedule, 110) == pytest.approx(0.1)
     assert at("cosine", 60) == pytest.approx(0.55) and at("linear", 60) == pytest.approx(0.55)
     assert at("lin0", 15) == 1 and at("lin0", 60) == pytest.approx(0.1 + 0.9 * 0.5 / 0.95)
+    assert at("wsd", 89) == 1 > at("wsd", 91) and at("wsd", 100) == pytest.approx(0.1 + 0.9 * 0.5)
     assert at("constant", 110) == 1 and at("linear", 0, warmup=0) == 1
     assert at("linear", 10, warmup=0.09) == 1 and at("linear", 9, warmup=0.09) < 1
     assert lr_factor("linear", 0, 1, 0.5, 0.1) == 1 and lr_factor("cosine", 2, 3, 100, 0.1) < 1
@@ -672,6 +673,21 @@ def test_a_resumed_run_keeps_the_steps_it_was_given(tmp_path: Path, monkeypatch:
     assert recorded_steps(tmp_path) == int((90 - 25 - 30 - 30) / 1.06)
     assert train(Toy(), config, tmp_path, resume=True, quiet=True).step == recorded_steps(tmp_path)
     assert calls == [*range(7), *range(recorded_steps(tmp_path))]
+
+
+def test_a_run_with_a_stable_phase_can_be_made_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(steps=20, schedule="wsd", warmup=2)
+    stop_at(monkeypatch, 10)
+    with pytest.raises(KeyboardInterrupt):
+        train(Toy(), config, tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    longer = TrainConfig(steps=30, schedule="wsd", warmup=2)
+    assert train(Toy(), longer, tmp_path / "run", resume=True, quiet=True).step == 30
+    assert train(Toy(), longer, tmp_path / "whole", quiet=True).step == 30
+    for name, value in load_run(tmp_path / "whole")["net"].items():
+        assert torch.equal(load_run(tmp_path / "run")["net"][name], value)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ LABELS = "labels"
 
 @dataclass(frozen=True)
 class Tokens:
-    """latents by name (N, L, ...), integers as int32; labels (N,) int64 or None; captions N strings or None."""
+    """latents by name (N, L, ...), int64 as int32; labels (N,) int64 or None; captions N strings or None."""
 
     latents: dict[str, np.ndarray]
     labels: np.ndarray | None = None
@@ -64,26 +64,32 @@ def encode(
     """Encode `count` items (going round a finite set, with new crops each time) into `folder`, unless it is there."""
     if folder.exists():
         return Tokens.load(folder)
-    side = tokenizer.image_size()
-    size = dataset.size
-    latents: dict[str, list[np.ndarray]] = {}
+    side, size = tokenizer.image_size(), dataset.size
     labels, captions = [], []
-    for start in range(0, count, 64):
-        numbers = np.arange(start, min(count, start + 64))
-        rows = numbers if size is None else numbers % size
-        crops = np.random.default_rng([seed, start]).random((len(rows), 2))
-        batch = dataset.batch(rows.tolist(), side, crops)
-        for name, t in tokenizer.encode(to_tensor(batch.images)).items():
-            latents.setdefault(name, []).append((t if t.is_floating_point() else t.int()).numpy())
-        if batch.labels is not None:
-            labels.append(batch.labels)
-        if batch.captions is not None:
-            captions.extend(batch.captions)
-        if progress is not None:
-            progress(min(count, start + 64), count)
     with atomic_folder(folder) as temporary:
-        for name, parts in latents.items():
-            np.save(temporary / f"{name}.npy", np.concatenate(parts))
+        # Straight to disk: small arrays kept between the large temporaries of each batch would tear the heap to
+        # pieces (gigabytes for 100,000 pictures).
+        files: dict[str, np.memmap] = {}
+        for start in range(0, count, 64):
+            numbers = np.arange(start, min(count, start + 64))
+            rows = numbers if size is None else numbers % size
+            crops = np.random.default_rng([seed, start]).random((len(rows), 2))
+            batch = dataset.batch(rows.tolist(), side, crops)
+            for name, t in tokenizer.training_latents(to_tensor(batch.images)).items():
+                values = (t.int() if t.dtype == torch.int64 else t).numpy()
+                if name not in files:
+                    files[name] = np.lib.format.open_memmap(
+                        temporary / f"{name}.npy", "w+", values.dtype, (count, *values.shape[1:])
+                    )
+                files[name][numbers] = values
+            if batch.labels is not None:
+                labels.append(batch.labels)
+            if batch.captions is not None:
+                captions.extend(batch.captions)
+            if progress is not None:
+                progress(min(count, start + 64), count)
+        for values in files.values():
+            values.flush()
         if labels:
             np.save(temporary / f"{LABELS}.npy", np.concatenate(labels))
         if captions:
