@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,4 +138,13 @@ def _described(recipe: "Recipe") -> dict[str, Any]:
         "condition": type(recipe.generator.config.condition).__name__,
         "parts": {name: type(config).__name__ for name, config in recipe.generator.parts.items()},
     }
-    return {"kinds": kinds, **asdict(recipe)}
+    described = {"kinds": kinds, **asdict(recipe)}
+    described["generator"]["teach"] = _taught(recipe.generator.teach)
+    return described
+
+
+def _taught(teach: Callable[..., Any]) -> dict[str, Any]:
+    """A class of lessons, or one with settings of its own, as JSON."""
+    if isinstance(teach, partial):
+        return {**_taught(teach.func), **teach.keywords}
+    return {"kind": teach.__name__}
