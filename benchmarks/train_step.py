@@ -5,8 +5,9 @@
 One step is everything the trainer does with a batch of tokens but logging: inputs from tokens, forward, backward,
 clipping, AdamW; ours also averages the weights and cares for non-finite steps. DIR is a checkout of
 FoundationVision/VAR, which is not bundled; its step is that of its trainer without the accuracies it logs, under
-autocast in bfloat16 as there. `--compile` adds our step with compiled blocks and losses. Rounds alternate between them,
-so that all meet the same machine; medians are shown.
+autocast in bfloat16 as there. `--compile` adds our step with compiled blocks and losses. Each runs in a process of its
+own, ours with the memory settings that our training makes. Rounds alternate between them, so that all meet the same
+machine; medians are shown.
 The limit is the time that the matrix products alone take by the fastest kernel for each. The last line is JSON.
 Legend: N rows (pictures x tokens), I inputs, O outputs of a linear.
 """
@@ -20,6 +21,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ from varkit.plans.schedule import Schedule
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.train.generator_task import Forced, NextStepTask
+from varkit.train.memory import keep_freed_memory
 from varkit.train.optim import decays
 from varkit.train.task import TrainConfig
 from varkit.train.tokens import Tokens
@@ -81,13 +86,13 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every step in one dtype, and the limit."""
     log(f"{dtype}: the machine's limit")
     kernels = limit(getattr(torch, dtype))
-    steps: dict[str, Step] = {"ours": ours(dtype)}
+    makers: dict[str, Callable[[], Step]] = {"ours": partial(ours, dtype)}
     if options.compile:
-        steps["compiled"] = ours(dtype, compiled=True)
+        makers["compiled"] = partial(ours, dtype, compiled=True)
     if options.published is not None:
-        steps["published"] = published(options.published, dtype)
-    log(f"{dtype}: {options.rounds} rounds of {', '.join(steps)}")
-    seconds = alternate(steps, options.rounds)
+        makers["published"] = partial(published, options.published, dtype)
+    log(f"{dtype}: {options.rounds} rounds of {', '.join(makers)}")
+    seconds = alternate(makers, options.rounds)
     best = sum(kernel["seconds"] for kernel in kernels.values())
     work = BATCH * flops()
     linear_work = 3 * sum(2 * BATCH * TOKENS * i * o * count for i, o, count in LINEARS.values())
@@ -115,15 +120,28 @@ def flops() -> int:
     return 3 * (linears + attention + conditions + 2 * TOKENS * CODE_WIDTH * WIDTH)
 
 
-def alternate(steps: dict[str, Step], rounds: int, warm: int = 2) -> dict[str, float]:
-    """Median seconds of each, measured in turn."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def alternate(makers: dict[str, Callable[[], Step]], rounds: int, warm: int = 2) -> dict[str, float]:
+    """Median seconds of each, measured in turn; the processes of the others wait meanwhile."""
+    context = get_context("spawn")
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    lines = {}
+    for name, make in makers.items():
+        lines[name], theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make), daemon=True).start()
     for _ in range(warm + rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+        for name, line in lines.items():
+            line.send(True)
+            times[name].append(line.recv())
     return {name: statistics.median(values[warm:]) for name, values in times.items()}
+
+
+def _serve(line: Connection, make: Callable[[], Step]) -> None:
+    """Take a step, and tell its seconds, whenever asked."""
+    step = make()
+    while line.recv():
+        start = time.perf_counter()
+        step()
+        line.send(time.perf_counter() - start)
 
 
 # --- the two implementations ---------------------------------------------------
@@ -138,6 +156,7 @@ def tokens() -> Tokens:
 
 def ours(dtype: str, compiled: bool = False) -> Step:
     """The trainer's step on a generator over tokens."""
+    keep_freed_memory()
     torch.manual_seed(0)
     conv = ConvConfig(
         channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=CODE_WIDTH, attention=False

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from varkit.errors import UserError
+from varkit.ranks import Ranks
 from varkit.train.loop import load_run
-from varkit.train.ranks import Ranks
 from varkit.train.run import Request
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,9 +7,9 @@ import torch
 
 from tests.contracts import CASES
 from tests.test_objective import constant_tokens
+from varkit.ranks import together
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.loop import train
-from varkit.train.ranks import together
 from varkit.train.task import TrainConfig
 from varkit.train.trainer import Trainer
 

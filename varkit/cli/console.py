@@ -1,15 +1,26 @@
 """What a command shows: results on stdout, progress and logs on stderr. rich is imported only to draw."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 
 def log(message: str) -> None:
     """One line on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def heard(aloud: bool) -> Iterator[None]:
+    """With False, nothing that the block shows is seen: of several processes, one speaks. Errors still are."""
+    if aloud:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tyro.conf import Positional
 
-from varkit.cli.console import log, print_json, print_table, progress
+from varkit.cli.console import heard, log, print_json, print_table, progress
 from varkit.cli.generate import Sampling
 from varkit.errors import UserError, unknown_name
 from varkit.files import atomic_write, ensure_writable
@@ -90,7 +90,14 @@ class Evaluate(Sampling):
             )
 
     def run(self) -> None:
-        """Print the figures, and write the sheet."""
+        """Print the figures, and write the sheet; under torchrun, the processes share the drawing."""
+        from varkit.ranks import together
+
+        with together() as ranks, heard(ranks.first):
+            # The first process alone writes files.
+            (self if ranks.first else replace(self, sheet=None, statistics=None))._evaluate()
+
+    def _evaluate(self) -> None:
         if self.sheet is not None:
             ensure_writable(self.sheet)
         facts: dict[str, Any] = {"model": self.model, "suite": self.suite}

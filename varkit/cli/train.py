@@ -35,12 +35,14 @@ class Train:
     """Seed of everything random."""
     accumulation: int = 1
     """Split each batch into this many micro-batches, which the processes of torchrun share."""
+    shard: bool = False
+    """The processes of torchrun hold one copy of the generator together, each a part of it, in place of one each."""
     compile: bool = False
     """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 
     def run(self) -> None:
         """Train, and say where the result is; under torchrun, the first process says it."""
-        from varkit.train.ranks import together
+        from varkit.ranks import together
 
         with together() as ranks:
             made = self._features() if self.recipe == "features" else self._model(ranks.first)
@@ -52,7 +54,14 @@ class Train:
 
         tokenizer = None if self.tokenizer is None else str(self.tokenizer)
         return Request(
-            self.recipe, self.minutes, self.steps, tokenizer, self.seed, self.compile, self.accumulation
+            self.recipe,
+            self.minutes,
+            self.steps,
+            tokenizer,
+            self.seed,
+            self.compile,
+            self.accumulation,
+            self.shard,
         )
 
     def _model(self, first: bool) -> Path:
@@ -74,4 +83,6 @@ class Train:
 
         if self.tokenizer is not None:
             raise UserError("--tokenizer is for models; features are trained on pictures, without one")
+        if self.shard:
+            raise UserError("--shard is for models; the network of the features is small, train it without")
         return train_features(self.out, self._request(), self.resume)

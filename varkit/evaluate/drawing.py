@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from varkit.decode.loop import run
-from varkit.decode.state import State
 from varkit.hub.pipeline import Pipeline, Prompt, Settings
 from varkit.pictures import to_array
+from varkit.ranks import current
 
 BATCH = 16
 
@@ -25,12 +25,24 @@ def padded(n: int) -> int:
 def draw(
     pipeline: Pipeline, prompts: Sequence[Prompt], seed: int = 0, settings: Settings | None = None
 ) -> Iterator[np.ndarray]:
-    """One picture (H, W, 3) uint8 for each prompt, of which there must be a multiple of `BATCH`."""
+    """One picture (H, W, 3) uint8 for each prompt, of which there must be a multiple of `BATCH`.
+
+    Under `varkit.ranks.together` the processes share the batches, and every one gets all pictures.
+    """
     assert len(prompts) % BATCH == 0, f"{len(prompts)} prompts do not fill batches of {BATCH}"
-    for state in pipeline.starts(prompts, seed, BATCH, settings):
-        yield from _shown(run(pipeline.model, state))
+    ranks = current()
+    batches = range(0, len(prompts), BATCH)
+    for turn in range(0, len(batches), ranks.world):
+        own = batches[turn + ranks.rank : turn + ranks.rank + 1]
+        made = [_drawn(pipeline, prompts, first, seed, settings) for first in own]
+        for images in ranks.gathered(made):
+            yield from (image for batch in images for image in batch)
 
 
 @torch.no_grad()
-def _shown(state: State) -> np.ndarray:
-    return to_array(state.canvas.preview())
+def _drawn(
+    pipeline: Pipeline, prompts: Sequence[Prompt], first: int, seed: int, settings: Settings | None
+) -> np.ndarray:
+    numbers = range(first, first + BATCH)
+    state = pipeline.start([prompts[i] for i in numbers], seed, numbers, settings)
+    return to_array(run(pipeline.model, state).canvas.preview())

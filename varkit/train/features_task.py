@@ -20,8 +20,8 @@ from varkit.evaluate.small_features import COUNTS, DAMAGES, SIDE, THINGS, SmallF
 from varkit.files import StrPath
 from varkit.hub.states import write_safetensors
 from varkit.pictures import to_tensor
+from varkit.ranks import current
 from varkit.train.loop import load_run, train
-from varkit.train.ranks import current
 from varkit.train.run import Request
 from varkit.train.task import Phase, Task, TrainConfig
 

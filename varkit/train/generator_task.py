@@ -15,7 +15,7 @@ from varkit.generators.base import Generator
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.heads.base import Head
-from varkit.plans.base import StaticPlan
+from varkit.plans.base import Plan, StaticPlan
 from varkit.tokenizers.base import Latents, Tokenizer
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.objective import NextStepLoss
@@ -30,14 +30,14 @@ class Forced:
     tokenizer: Tokenizer
     generator: Generator
     head: Head
-    plan: StaticPlan
+    plan: Plan
 
 
 class NextStepTask(Task):
     """Train a generator and its head to follow their plan over `tokens`.
 
     recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in). lessons: what
-    is made of true latents, `WholePlan` by default.
+    is made of true latents, by default `WholePlan`, which takes a static plan.
     """
 
     def __init__(
@@ -55,7 +55,10 @@ class NextStepTask(Task):
         self.tokenizer, self.plan = parts.tokenizer.eval().requires_grad_(False), parts.plan
         self.tokens, self.held_out, self.batch_size, self.recipe = tokens, held_out, batch_size, recipe
         self.seed, self.draw = seed, draw
-        self.lessons = WholePlan(self.tokenizer, self.plan) if lessons is None else lessons
+        if lessons is None:
+            assert isinstance(self.plan, StaticPlan), "plans that are not static want lessons of their own"
+            lessons = WholePlan(self.tokenizer, self.plan)
+        self.lessons = lessons
         self.phases = (Phase("generator", ("generator", "head")),)
         self.objective = NextStepLoss(parts.generator, parts.head, condition_drop)
         self.modules: dict[str, nn.Module] = {"generator": parts.generator, "head": parts.head}
@@ -96,7 +99,7 @@ class NextStepTask(Task):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out loss (nats a token) overall and of each step of the plan when it has few."""
+        """Held-out loss (nats a token) overall and, when a static plan has few steps, of each."""
         losses = []
         for start in range(0, min(512, len(self.held_out)), 64):
             rows = np.arange(start, min(start + 64, len(self.held_out)))
@@ -104,7 +107,7 @@ class NextStepTask(Task):
             losses.append(self.objective.losses(self.lessons.lesson(latents), condition))
         each = torch.cat(losses).mean(dim=0)
         result = {"loss": each.mean().item()}
-        if len(self.plan.steps) <= 16:
+        if isinstance(self.plan, StaticPlan) and len(self.plan.steps) <= 16:
             sizes = [s.target.shape[-1] for s in self.plan.steps]
             result |= {f"loss_{k}": part.mean().item() for k, part in enumerate(each.split(sizes))}
         return result

@@ -22,6 +22,7 @@ from torch import Tensor
 from varkit import __version__
 from varkit.errors import UserError
 from varkit.files import StrPath
+from varkit.train.memory import keep_freed_memory
 from varkit.train.progress import Progress, say
 from varkit.train.runs import Run
 from varkit.train.task import Task, TrainConfig
@@ -60,14 +61,16 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    sharded: bool = False,
 ) -> Result:
     """Train `task` in the folder `run_dir`, or continue the run that is there.
 
     A continued run ends with the same weights, bit for bit, as one that was never interrupted (same machine, versions
-    and threads). `on_log` sees each line of the log. Under `varkit.train.ranks.together` all processes call this, and
-    the first writes.
+    and threads). `on_log` sees each line of the log. Under `varkit.ranks.together` all processes call this, and
+    the first writes; `sharded` spreads the weights over them, and the task's modules stay so afterwards.
     """
-    trainer = Trainer(task, config)
+    keep_freed_memory()
+    trainer = Trainer(task, config, sharded)
     ranks = trainer.ranks
     run, steps = _open(trainer, run_dir, resume)
     if done := run.finished():
@@ -83,9 +86,9 @@ def train(
                     on_log(event)
             step = trainer.at.step
             interrupted = ranks.any(pressed())
-            late = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
-            if ranks.first and (late or step % config.checkpoint_every == 0 or step == steps or interrupted):
-                run.save(step, trainer.checkpoint())
+            late = ranks.any(time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
+            if late or step % config.checkpoint_every == 0 or step == steps or interrupted:
+                _save(trainer, run)
                 saved_at = time.monotonic()
             if interrupted and step < steps:
                 raise KeyboardInterrupt(f"step {step} of {steps} is saved in {run.path}; go on with --resume")
@@ -185,15 +188,21 @@ def _warn_if_moved(before: dict[str, Any]) -> None:
         )
 
 
+def _save(trainer: Trainer, run: Run) -> None:
+    """A checkpoint, by those who together have what is in it."""
+    if trainer.replicas.first:
+        run.save(trainer.at.step, trainer.checkpoint(), trainer.holders)
+
+
 def _restore_or_start(trainer: Trainer, run: Run, progress: Progress) -> None:
-    checkpoint = run.newest(progress.say)
+    checkpoint = run.newest(progress.say, trainer.holders)
     if checkpoint:
         trainer.restore(checkpoint)
     trainer.ranks.wait()
     if trainer.ranks.first:
         run.rewind(trainer.at.step)
-        if not checkpoint:
-            run.save(0, trainer.checkpoint())
+    if not checkpoint:
+        _save(trainer, run)
     progress.begin(trainer.at.step)
 
 
@@ -222,7 +231,7 @@ def _go_back(trainer: Trainer, run: Run, progress: Progress) -> None:
             "going back to a checkpoint with half the learning rate; use a learning rate well below "
             f"{trainer.config.lr:g}, or look at the data"
         )
-    checkpoint = run.newest(progress.say)
+    checkpoint = run.newest(progress.say, trainer.holders)
     assert checkpoint is not None, "a run begins with a checkpoint"
     trainer.restore_tensors(checkpoint)
     at.restored, at.lr_scale, at.bad_in_a_row = True, at.lr_scale / 2, 0
@@ -240,9 +249,9 @@ def _events(trainer: Trainer, run: Run, steps: int, progress: Progress) -> list[
             progress.note({"loss": means["loss"], "pictures/s": means["pictures_per_second"]})
         events.append({"step": at.step, **means, "skipped": at.skipped, "seconds": round(at.seconds, 3)})
     if at.step % config.validate_every == 0 or last:
-        at.metrics, picture = trainer.validate() if trainer.ranks.first else ({}, None)
+        at.metrics, picture = trainer.validate() if trainer.replicas.first else ({}, None)
         at.metrics = trainer.ranks.told(at.metrics)
-        if picture is not None:
+        if picture is not None and trainer.ranks.first:
             run.save_sample(at.step, picture)
         if at.metrics:
             events.append({"step": at.step, "validation": at.metrics})

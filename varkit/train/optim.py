@@ -61,21 +61,22 @@ class NamedOptimizer:
         weight_decay: float,
         betas: tuple[float, float],
         matrices: Callable[[str, Tensor], bool] | None = None,
+        muon: type[torch.optim.Muon] = torch.optim.Muon,
     ) -> None:
         self.parameters = parameters
         kinds = {name: matrices is not None and matrices(name, p) for name, p in parameters.items()}
         made: dict[bool, torch.optim.Optimizer] = {}
-        for muon in sorted(set(kinds.values())):
-            own = {name: p for name, p in parameters.items() if kinds[name] is muon}
+        for matrix in sorted(set(kinds.values())):
+            own = {name: p for name, p in parameters.items() if kinds[name] is matrix}
             groups = [
                 {"params": [p for n, p in own.items() if decay(n, p)], "weight_decay": weight_decay},
                 {"params": [p for n, p in own.items() if not decay(n, p)], "weight_decay": 0.0},
             ]
             groups = [group for group in groups if group["params"]]
-            if muon:
-                made[muon] = torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
+            if matrix:
+                made[matrix] = muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
             else:
-                made[muon] = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+                made[matrix] = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         self.of = {name: made[kinds[name]] for name in parameters}
         self.optimizers = list(made.values())
         self._decays = [[group["weight_decay"] for group in o.param_groups] for o in self.optimizers]

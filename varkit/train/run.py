@@ -21,6 +21,7 @@ from varkit.hub.config import to_json
 from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
 from varkit.pictures import grid
+from varkit.ranks import current
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 from varkit.tokenizers.pixels import Pixels
 from varkit.tokenizers.vq import VQ
@@ -28,7 +29,6 @@ from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.lessons import WholePlan
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.progressive import Progressive
-from varkit.train.ranks import current
 from varkit.train.recipes import Recipe
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
@@ -44,7 +44,7 @@ class Request:
     """What a user asked for. minutes and steps replace the recipe's; tokenizer is a folder with a trained one.
 
     compile: compile blocks and losses first, which pays off in longer trainings. accumulation: micro-batches that each
-    batch is split into; several processes share them.
+    batch is split into; several processes share them. shard: processes hold one copy of the generator together.
     """
 
     recipe: str
@@ -54,6 +54,7 @@ class Request:
     seed: int = 0
     compile: bool = False
     accumulation: int = 1
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
@@ -93,7 +94,7 @@ def train_recipe(
     request: Request, recipe: Recipe, dataset: Dataset, out: StrPath, resume: bool = False, say: Say = print
 ) -> Path:
     """Train both stages in the folder `out`; with `resume`, go on where it stopped. Returns the finished model's
-    folder. Under `varkit.train.ranks.together` all processes call this, and the first writes.
+    folder. Under `varkit.ranks.together` all processes call this, and the first writes.
     """
     root, ranks = Path(out), current()
     if ranks.first:
@@ -155,7 +156,7 @@ def check_run(out: StrPath, request: Request, resume: bool) -> None:
         changed = [
             f"{k} (was {before.get(k)!r}, now {v!r})"
             for k, v in asked.items()
-            if k != "steps" and before.get(k) != v
+            if k not in ("steps", "shard") and before.get(k) != v
         ]
         if changed:
             raise UserError(
@@ -232,12 +233,14 @@ def _train_generator(
 ) -> tuple[Pipeline, Result]:
     part = recipe.generator
     configs = part.config.fitted(tokenizer.config) | dict(part.parts)  # type: ignore[arg-type]
-    torch.manual_seed(request.seed + 1)
-    built = {name: config.build() for name, config in configs.items()}
-    generator, head, plan = built["generator"], built["head"], built["plan"]
-    pipeline = Pipeline(
-        {"tokenizer": tokenizer} | built, {"tokenizer": tokenizer.config} | configs, part.settings
-    )
+
+    def assembled() -> Pipeline:
+        torch.manual_seed(request.seed + 1)
+        parts = {"tokenizer": tokenizer} | {name: config.build() for name, config in configs.items()}
+        return Pipeline(parts, {"tokenizer": tokenizer.config} | configs, part.settings)
+
+    pipeline = assembled()
+    generator, head, plan = pipeline.generator, pipeline.model.heads["main"], pipeline.model.plan
     lessons = part.teach(tokenizer, plan)
     settings = {
         "recipe": recipe.name,
@@ -256,11 +259,13 @@ def _train_generator(
     if part.progressive:
         train_config = _with_steps(task, train_config, root / "generator")
         assert isinstance(lessons, WholePlan), "only whole plans grow scale by scale"
-        lessons.progressive = Progressive.over(len(plan.steps), train_config, part.progressive)
-    result = _stage(task, train_config, root / "generator")
+        lessons.progressive = Progressive.over(len(lessons.plan.steps), train_config, part.progressive)
+    result = _stage(task, train_config, root / "generator", request.shard)
     averaged = load_run(root / "generator")
-    generator.load_state_dict(averaged["generator"])
-    head.load_state_dict(averaged["head"])
+    if request.shard:
+        pipeline = assembled()
+    pipeline.generator.load_state_dict(averaged["generator"])
+    pipeline.model.heads["main"].load_state_dict(averaged["head"])
     return pipeline, result
 
 
@@ -269,14 +274,14 @@ def _with_steps(task: NextStepTask, config: TrainConfig, folder: Path) -> TrainC
     if config.steps is not None:
         return config
     begun = current().told((folder / "config.json").exists())
-    return replace(
-        config, steps=recorded_steps(folder) if begun else steps_for(config.minutes or 0.0, task, config)
-    )
+    steps = recorded_steps(folder) if begun else steps_for(config.minutes or 0.0, task, config)
+    return replace(config, steps=current().told(steps))
 
 
-def _stage(task: Any, config: TrainConfig, folder: Path) -> Result:
+def _stage(task: Any, config: TrainConfig, folder: Path, sharded: bool = False) -> Result:
     """Train, going on when the stage has begun before."""
-    return train(task, config, folder, resume=current().told((folder / "config.json").exists()))
+    begun = current().told((folder / "config.json").exists())
+    return train(task, config, folder, resume=begun, sharded=sharded)
 
 
 def _sheet(pipeline: Pipeline, prompts: Sequence[str | int]) -> Image.Image:

@@ -3,7 +3,8 @@
     RUN/config.json                        recipe, training settings, resolved steps, versions
     RUN/log.jsonl                          one JSON object a line
     RUN/samples/step-000500.png
-    RUN/checkpoints/step-000500/           weights, ema, optimizer and task .safetensors, state.json
+    RUN/checkpoints/step-000500/           weights, ema, optimizer and task .safetensors, state.json; of a sharded run,
+                                           folders weights, ema and optimizer with a file from each rank
     RUN/DONE                               the final metrics
 
 A checkpoint appears by one rename, complete and on disk, under a name of its own; the two newest are kept. `kill -9`
@@ -24,13 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from varkit.errors import UserError
-from varkit.files import StrPath, atomic_folder, atomic_write, ensure_writable, write_json
+from varkit.files import StrPath, atomic_write, ensure_writable, write_json
+from varkit.ranks import Ranks
+from varkit.train.sharding import load_shards, save_shards, shared_folder
 
 if TYPE_CHECKING:
     from PIL import Image
 
 KEPT = 2
 TENSOR_FILES = ("weights", "ema", "optimizer", "task")
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -112,27 +116,27 @@ class Run:
         with atomic_write(self.path / "samples" / f"step-{step:06d}.png") as part:
             picture.save(part)
 
-    def save(self, step: int, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, then drop all but the newest two."""
-        with atomic_folder(self.checkpoints / f"step-{step:06d}", replace=True) as part:
-            digests = {}
+    def save(self, step: int, checkpoint: Checkpoint, holders: Ranks = ALONE) -> None:
+        """Write a checkpoint, then drop all but the newest two; all `holders` of a sharded one call it."""
+        with shared_folder(self.checkpoints / f"step-{step:06d}", holders) as part:
             for name in TENSOR_FILES:
-                # Copies, because safetensors refuses tensors that share memory.
-                tensors = {
-                    k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.tensors[name].items()
-                }
-                save_file(tensors, part / f"{name}.safetensors")
-                digests[name] = _digest(part / f"{name}.safetensors")
-            write_json(part / "state.json", {"digests": digests, **_finite(checkpoint.scalars)})
-        for old in self._saved()[KEPT:]:
-            shutil.rmtree(old)
+                _write(part, name, checkpoint.tensors[name], holders)
+            holders.wait()
+            files = sorted(part.rglob("*.safetensors"))[holders.rank :: holders.world]
+            own = {file.relative_to(part).with_suffix("").as_posix(): _digest(file) for file in files}
+            digests = holders.merged(own)
+            if holders.first:
+                write_json(part / "state.json", {"digests": digests, **_finite(checkpoint.scalars)})
+        if holders.first:
+            for old in self._saved()[KEPT:]:
+                shutil.rmtree(old)
 
-    def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+    def newest(self, warn: Callable[[str], None], holders: Ranks = ALONE) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None when there is none yet."""
         saved = self._saved()
         for path in saved:
             try:
-                return _read(path, TENSOR_FILES)
+                return _read(path, TENSOR_FILES, holders)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 warn(f"checkpoint {path} is damaged ({error}); trying the one before it")
         if saved:
@@ -146,7 +150,7 @@ class Run:
         name = "ema" if ema else "weights"
         for path in self._saved():
             try:
-                return _read(path, (name,)).tensors[name]
+                return _read(path, (name,), ALONE).tensors[name]
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 warn(f"checkpoint {path} is damaged ({error}); trying the one before it")
         raise UserError(
@@ -167,16 +171,36 @@ class Run:
         return sorted(self.checkpoints.glob("step-*"), key=_step_of, reverse=True)
 
 
-def _read(path: Path, names: tuple[str, ...]) -> Checkpoint:
+def _write(part: Path, name: str, tensors: dict[str, Tensor], holders: Ranks) -> None:
+    if holders.world > 1 and name != "task":  # a task's tensors are whole on every rank
+        save_shards(part / name, tensors)
+    elif holders.first:
+        # Copies, because safetensors refuses tensors that share memory.
+        copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        save_file(copies, part / f"{name}.safetensors")
+
+
+def _read(path: Path, names: tuple[str, ...], holders: Ranks) -> Checkpoint:
+    """Sharded over the holders, where it was written so; each of them looks for damage in some of the files."""
     scalars = json.loads((path / "state.json").read_text(encoding="utf-8"))
     digests = scalars.pop("digests")
-    tensors = {}
-    for name in names:
-        file = path / f"{name}.safetensors"
-        if _digest(file) != digests[name]:
-            raise ValueError(f"{file.name} is not what was written")
-        tensors[name] = load_file(file)
-    return Checkpoint(tensors, scalars)
+    files = sorted(file for file in digests if file.partition("/")[0] in names)
+    damaged = [
+        file
+        for file in files[holders.rank :: holders.world]
+        if not _is_intact(path / f"{file}.safetensors", digests[file])
+    ]
+    if not holders.all(not damaged):
+        raise ValueError(f"{' and '.join(damaged) or 'a file'} is not what was written")
+    return Checkpoint({name: _load(path / name, holders) for name in names}, scalars)
+
+
+def _load(path: Path, holders: Ranks) -> dict[str, Tensor]:
+    return load_shards(path, holders) if path.is_dir() else load_file(path.with_suffix(".safetensors"))
+
+
+def _is_intact(file: Path, digest: str) -> bool:
+    return file.is_file() and _digest(file) == digest
 
 
 def _digest(file: Path) -> str:

@@ -126,18 +126,21 @@ class TokenizerLoss(nn.Module):
         if config.perceptual and self.perceptual is not None:
             terms["perceptual"] = self.perceptual(reconstruction, images).mean()
         pixels = torch.stack([getattr(config, name) * term for name, term in terms.items()]).sum()
-        loss = pixels + config.vq * outputs["vq_loss"]
-        terms["vq"] = outputs["vq_loss"]
+        loss: Tensor = pixels
+        for name, weight in (("vq", config.vq), ("kl", 1.0)):  # a KL tokenizer weighs its own
+            if f"{name}_loss" in outputs:
+                terms[name] = outputs[f"{name}_loss"]
+                loss = loss + weight * terms[name]
         if self.discriminator is not None and step >= config.adversarial_start:
             terms["adversarial"] = -self.discriminator(reconstruction).mean()
-            weight = torch.tensor(config.adversarial)
+            adversarial = torch.tensor(config.adversarial)
             if config.adaptive:
                 assert last_layer is not None, (
                     "the adaptive weight reads gradients at the decoder's last layer"
                 )
-                weight = config.adversarial * adaptive_weight(pixels, terms["adversarial"], last_layer)
-            terms["adversarial_weight"] = weight
-            loss = loss + weight * terms["adversarial"]
+                adversarial = config.adversarial * adaptive_weight(pixels, terms["adversarial"], last_layer)
+            terms["adversarial_weight"] = adversarial
+            loss = loss + adversarial * terms["adversarial"]
         metrics = {name: term.item() for name, term in {"loss": loss, **terms}.items()}
         clamped = F.mse_loss(reconstruction.detach().clamp(-1, 1), images).item()
         return loss, {**metrics, "psnr": psnr(clamped)}

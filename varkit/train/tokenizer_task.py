@@ -1,6 +1,4 @@
-"""What the trainer does for a VQ tokenizer: reconstruct pictures, keep the codebook alive, optionally against a
-critic.
-"""
+"""What the trainer does for a tokenizer: reconstruct pictures, keep a codebook alive, optionally against a critic."""
 
 from typing import Any
 
@@ -13,8 +11,9 @@ from torch import Tensor, nn
 from varkit.data.base import Dataset
 from varkit.evaluate.reconstruction import psnr
 from varkit.pictures import grid, to_pil, to_tensor
-from varkit.tokenizers.codebook import CodebookKeeper, CodebookStatistics
-from varkit.tokenizers.multiscale_vq import QuantizedTokenizer
+from varkit.tokenizers.codebook import CodebookKeeper
+from varkit.tokenizers.kl import KL
+from varkit.tokenizers.residual import QuantizedTokenizer
 from varkit.train.task import Phase, Task
 from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig
 
@@ -25,12 +24,12 @@ ADVERSARIAL_BETAS = (0.5, 0.9)
 class ReconstructionTask(Task):
     """Train `tokenizer` on `dataset` in batches of `batch_size`; validation on the held-out part (first 256 items).
 
-    Codes unused for `patience` steps move onto current residuals, until `revive_until`.
+    Codes, if there are any, that are unused for `patience` steps move onto current residuals, until `revive_until`.
     """
 
     def __init__(
-        self, tokenizer: QuantizedTokenizer, dataset: Dataset, loss: TokenizerLossConfig, batch_size: int, recipe: dict,
-        seed: int = 0, patience: int = 100, revive_until: int = 2**62,
+        self, tokenizer: QuantizedTokenizer | KL, dataset: Dataset, loss: TokenizerLossConfig, batch_size: int,
+        recipe: dict, seed: int = 0, patience: int = 100, revive_until: int = 2**62,
     ) -> None:  # fmt: skip
         self.tokenizer, self.batch_size, self.seed, self.revive_until = (
             tokenizer,
@@ -41,7 +40,9 @@ class ReconstructionTask(Task):
         self.recipe = recipe
         self.train, self.held_out = dataset.split("train"), dataset.split("validation")
         self.losses = TokenizerLoss(loss)
-        self.keeper = CodebookKeeper(tokenizer.quantizer.embedding, patience=patience)
+        self.quantizer = tokenizer.quantizer if isinstance(tokenizer, QuantizedTokenizer) else None
+        codes = None if self.quantizer is None else self.quantizer.embedding
+        self.keeper = None if codes is None else CodebookKeeper(codes, patience=patience)
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
         self.phases: tuple[Phase, ...] = (Phase("tokenizer", ("tokenizer",)),)
         if self.losses.discriminator is not None:
@@ -51,7 +52,8 @@ class ReconstructionTask(Task):
                 Phase("discriminator", ("discriminator",), betas=ADVERSARIAL_BETAS, weight_decay=0.0),
             )
         self._outputs: dict[str, Tensor] = {}
-        tokenizer.initialize_codebook(self.batch(0, 0), torch.Generator().manual_seed(seed))
+        if isinstance(tokenizer, QuantizedTokenizer):
+            tokenizer.initialize_codebook(self.batch(0, 0), torch.Generator().manual_seed(seed))
 
     @property
     def side(self) -> tuple[int, int]:
@@ -78,42 +80,39 @@ class ReconstructionTask(Task):
 
     def after_step(self, step: int) -> dict[str, float]:
         """Move dead codes; their number is logged."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        if step >= self.revive_until:
+        if self.quantizer is None or self.keeper is None or step >= self.revive_until:
             return {}
-        return {
-            "revived": float(self.keeper.update(self._outputs["residuals"], self._outputs["ids"], generator))
-        }
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        chosen = self._outputs[self.quantizer.latent]
+        return {"revived": float(self.keeper.update(self._outputs["residuals"], chosen, generator))}
 
     def moved(self) -> list[Tensor]:
         """The codes."""
-        return [self.tokenizer.quantizer.embedding.weight]
+        codes = None if self.quantizer is None else self.quantizer.embedding
+        return [] if codes is None else [codes.weight]
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the modules."""
-        return self.keeper.state_dict()
+        return {} if self.keeper is None else self.keeper.state_dict()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Inverse of `state`."""
-        self.keeper.load_state_dict(state)
+        if self.keeper is not None:
+            self.keeper.load_state_dict(state)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """PSNR over held-out pictures (mean of squared errors first), codebook usage and perplexity."""
-        schedule = self.tokenizer.schedule
-        statistics = CodebookStatistics(len(self.tokenizer.quantizer.codebook), schedule)
+        """PSNR over held-out pictures (mean of squared errors first), and figures of what was chosen."""
+        quantizer = self.quantizer
+        statistics = None if quantizer is None else quantizer.statistics(self.tokenizer.schedule)
         errors = []
         for images in self._held_out(256):
             latents = self.tokenizer.encode(images)
-            statistics.update(latents["ids"])
+            if statistics is not None and quantizer is not None:
+                statistics.update(latents[quantizer.latent])
             errors.append((self.tokenizer.decode(latents) - images).square().mean(dim=(1, 2, 3)))
-        levels = {f"perplexity_{k}": statistics.perplexity(k) for k in range(len(schedule))}
-        return {
-            "psnr": psnr(torch.cat(errors).mean().item()),
-            "usage": statistics.usage(),
-            "perplexity": statistics.perplexity(),
-            **levels,
-        }
+        metrics = {} if statistics is None else statistics.metrics()
+        return {"psnr": psnr(torch.cat(errors).mean().item()), **metrics}
 
     @torch.no_grad()
     def samples(self) -> Image.Image:
@@ -146,15 +145,17 @@ class DecoderTask(ReconstructionTask):
     ) -> None:
         self.tokenizer, self.batch_size, self.seed, self.recipe = tokenizer, batch_size, seed, recipe
         self.train, self.held_out = dataset.split("train"), dataset.split("validation")
+        self.quantizer = tokenizer.quantizer
         self.modules = {"decoder": tokenizer.decoder, "post_quant_conv": tokenizer.post_quant_conv}
         self.phases = (Phase("decoder", ("decoder", "post_quant_conv")),)
 
     def loss(self, phase: str, batch: Tensor, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Mean squared error of the reconstruction, not clamped."""
+        assert self.quantizer is not None
         with torch.no_grad():
-            f_hat = self.tokenizer.quantizer.features(
-                self.tokenizer.encode(batch)["ids"], self.tokenizer.schedule
-            )
+            assert self.quantizer is not None
+            latents = self.tokenizer.encode(batch)
+            f_hat = self.quantizer.features(latents[self.quantizer.latent], self.tokenizer.schedule)
         loss = F.mse_loss(self.tokenizer.reconstruct(f_hat), batch)
         return loss, {"psnr": psnr(loss.item())}
 

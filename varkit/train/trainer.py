@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from varkit.errors import UserError
+from varkit.ranks import Ranks, current
 from varkit.train.optim import EMA, NamedOptimizer, cosine, in_block, lr_factor
-from varkit.train.ranks import current
 from varkit.train.runs import Checkpoint
+from varkit.train.sharding import GatheringMuon, check_shardable, like, shard
 from varkit.train.task import Phase, Task, TrainConfig
 
 WARM_STEPS, TIMED_STEPS = 2, 5
@@ -61,21 +62,30 @@ class Counters:
 
 
 class Trainer:
-    """The tensors of a run, and one step of it."""
+    """The tensors of a run, and one step of it.
 
-    def __init__(self, task: Task, config: TrainConfig) -> None:
+    Of all `ranks`, `holders` hold one copy of the weights together, and `replicas` hold the same part: all ranks are
+    replicas, or all are holders when the run is `sharded`.
+    """
+
+    def __init__(self, task: Task, config: TrainConfig, sharded: bool = False) -> None:
         _check(task)
         self.task, self.config = task, config
+        self.ranks = current()
+        self.own = self.ranks.share(config.accumulation)
+        self.holders, self.replicas = (self.ranks, Ranks()) if sharded else (Ranks(), self.ranks)
         self.model = nn.ModuleDict(dict(task.modules)).train()
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = getattr(torch, config.dtype)
         self.loss = _Loss(task, self.model)
+        if self.holders.world > 1:
+            check_shardable(task, config)
+            shard(self.loss, self.dtype, self.holders)
+            self.dtype = torch.float32  # parameters are cast as they are gathered
         self.ema = EMA(self.model, config.ema)
         self.optimizers = {phase.name: self._optimizer(phase) for phase in task.phases}
         self.at = Counters()
-        self.ranks = current()
-        self.own = self.ranks.share(config.accumulation)
         if config.compile:
             compile_parts(self.model)
 
@@ -125,7 +135,7 @@ class Trainer:
         if not self.ranks.all(finite):
             return None
         for optimizer in self.optimizers.values():
-            self.ranks.sum_gradients(optimizer.parameters.values())
+            self.replicas.sum_gradients(optimizer.parameters.values())
         sums.sums = self.ranks.sum_metrics(sums.sums)
         norms = {phase: self._clip(phase) for phase in phases}
         if not all(map(math.isfinite, norms.values())):
@@ -152,7 +162,7 @@ class Trainer:
         with self._only(phase):
             loss, metrics = self.loss.compute(self.dtype, phase.name, batch, self.at.step)
             value = loss.item()
-            if not math.isfinite(value):
+            if not self.holders.all(math.isfinite(value)):  # they go backward together
                 return None
             (loss / self.config.accumulation).backward()
         return {**{name: float(metric) for name, metric in metrics.items()}, "loss": value}
@@ -189,15 +199,15 @@ class Trainer:
             raise UserError(f"phase {phase.name!r} has no parameter to train in {', '.join(phase.parts)}")
         decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
         matrices = in_block if self.config.optimizer == "muon" else None
-        return NamedOptimizer(parameters, phase.decays, decay, phase.betas or self.config.betas, matrices)
+        muon = GatheringMuon if self.holders.world > 1 else torch.optim.Muon
+        return NamedOptimizer(
+            parameters, phase.decays, decay, phase.betas or self.config.betas, matrices, muon
+        )
 
     def validate(self) -> tuple[dict[str, float], Any]:
         """Metrics and a picture of the averaged weights."""
         with self.ema.swapped_in(), self._uncompiled():
-            seed_torch(self.config.seed, 0, "validate")
-            metrics = {name: float(value) for name, value in self.task.validate().items()}
-            seed_torch(self.config.seed, 0, "samples")
-            return metrics, self.task.samples()
+            return self.loss.validate(self.config.seed)
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Validation meets other shapes and caches, which are not worth compiling for; asking torch costs seconds."""
@@ -227,19 +237,21 @@ class Trainer:
     def restore_tensors(self, checkpoint: Checkpoint) -> None:
         """Weights, moments and averages as they were; the step stays."""
         tensors = checkpoint.tensors
-        self.model.load_state_dict(tensors["weights"])
+        live = self.model.state_dict()
+        self.model.load_state_dict({k: like(v, live[k]) for k, v in tensors["weights"].items()})
         for name, value in tensors["ema"].items():
-            self.ema.weights[name].copy_(value)
+            self.ema.weights[name].copy_(like(value, self.ema.weights[name]))
         self.ema.updates = checkpoint.scalars["ema_updates"]
         for phase, optimizer in self.optimizers.items():
             prefix = f"{phase}/"
             own = {k.removeprefix(prefix): v for k, v in tensors["optimizer"].items() if k.startswith(prefix)}
-            optimizer.load_state_dict(own)
+            of = {key: optimizer.parameters[key.rpartition("/")[0]] for key in own}
+            optimizer.load_state_dict({key: like(value, of[key]) for key, value in own.items()})
         self.task.load_state(tensors["task"])
 
 
 class _Loss(nn.Module):
-    """A task's loss as a module, which is what lets all its parts' parameters be exchanged at once."""
+    """A task's calls as a module's, which is what lets all its parts' parameters be exchanged at once."""
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         super().__init__()
@@ -252,7 +264,8 @@ class _Loss(nn.Module):
     def compute(self, dtype: torch.dtype, *args: Any) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The loss with the parameters in `dtype`: the only place where a compute dtype is chosen."""
         if dtype == torch.float32:
-            return self(*args)
+            loss, metrics = self(*args)
+            return loss.float(), metrics
         cast = {
             f"model.{name}": p.to(dtype)
             for name, p in self.model.named_parameters()
@@ -260,6 +273,13 @@ class _Loss(nn.Module):
         }
         loss, metrics = torch.func.functional_call(self, cast, args)
         return loss.float(), metrics
+
+    def validate(self, seed: int) -> tuple[dict[str, float], Any]:
+        """Metrics and a picture."""
+        seed_torch(seed, 0, "validate")
+        metrics = {name: float(value) for name, value in self.task.validate().items()}
+        seed_torch(seed, 0, "samples")
+        return metrics, self.task.samples()
 
 
 def compile_parts(model: nn.Module) -> None:

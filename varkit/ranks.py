@@ -2,7 +2,8 @@
 
 A step always is `accumulation` micro-batches, each a pure function of its number. Rank r of W computes those with
 number = r mod W, so any W that divides `accumulation` takes the same step but for the order of sums, and a run may be
-resumed on another number of ranks. Weights, moments and averages are whole on every rank; the first one writes.
+resumed on another number of ranks. Weights, moments and averages are whole on every rank, and the first one writes,
+unless they are spread over the ranks (`varkit/train/sharding.py`).
 """
 
 import os
@@ -85,6 +86,18 @@ class Ranks:
         dist.broadcast_object_list(box)
         return box[0]
 
+    def merged(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """The entries of all ranks."""
+        return {name: value for box in self.gathered(entries) for name, value in box.items()}
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, value)
+        return boxes
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
@@ -110,7 +123,7 @@ def together() -> Iterator[Ranks]:
         yield Ranks()
         return
     store, rank, world = next(dist.rendezvous("env://"))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     yield current()
     _part(store, rank, world)
