@@ -1,12 +1,13 @@
 """DESIGN's contracts, each tested once for every model that opts in (tests/contracts.py)."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.contracts import CACHES, CASES, Case, changed_at, drawn, start, true_latents
+from tests.contracts import CACHES, CASES, Case, changed_at, drawn, same, start, true_latents
 from varkit.canvases.base import gather_positions
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model, advance, run
@@ -14,7 +15,7 @@ from varkit.decode.state import State
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.nn.attention import Packed
 from varkit.plans.join import pack
-from varkit.train.lessons import WholePlan
+from varkit.plans.step import Step
 from varkit.train.objective import NextStepLoss
 
 BATCH = 3
@@ -25,19 +26,29 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-def force(model: Model, state: State, latents: dict[str, Tensor]) -> list[Tensor]:
-    """Take every step with the true latents in place of samples; hidden states (N, L, C) of each."""
-    outputs = []
-    for step in model.plan.steps:
+@pytest.fixture(params=sorted(name for name, case in CASES.items() if case.static))
+def static(request: pytest.FixtureRequest) -> Case:
+    """A case whose steps are all known beforehand."""
+    return CASES[request.param]
+
+
+def forced(model: Model, state: State, latents: dict[str, Tensor]) -> Iterator[tuple[Step, Tensor]]:
+    """Take every step with the true latents in place of samples; each with its hidden states (N, L, C)."""
+    while (step := model.plan.next_step(state)) is not None:
         window = state.cache.open(step, state.cursor)
         with torch.no_grad():
-            outputs.append(model.generator(state.canvas.feed(step.feed), step, state.prepared, window))
+            h = model.generator(state.canvas.feed(step.feed), step, state.prepared, window)
         state.cache.close()
         state.canvas.reveal(
             step, {k: gather_positions(v, step.target) for k, v in latents.items()}, state.cursor
         )
         state.cursor = state.cursor + 1
-    return outputs
+        yield step, h
+
+
+def force(model: Model, state: State, latents: dict[str, Tensor]) -> list[Tensor]:
+    """The hidden states of each forced step."""
+    return [h for _, h in forced(model, state, latents)]
 
 
 def filled(tokenizer, latents: dict[str, Tensor]):
@@ -46,12 +57,12 @@ def filled(tokenizer, latents: dict[str, Tensor]):
     return canvas
 
 
-def test_decoding_feeds_exactly_the_training_inputs(case: Case):
-    tokenizer, model = case.build()
+def test_decoding_feeds_exactly_the_training_inputs(static: Case):
+    tokenizer, model = static.build()
     latents = true_latents(tokenizer, model, BATCH)
     whole = model.plan.training_step()
     (name, inputs), *_ = filled(tokenizer, latents).feed(whole.feed).items()
-    state, at = start(tokenizer, model, case.conditions(BATCH)), 0
+    state, at = start(tokenizer, model, static.conditions(BATCH)), 0
     for step in model.plan.steps:
         fed = state.canvas.feed(step.feed)[name]
         assert torch.equal(fed, inputs[:, at : at + len(step.feed)])
@@ -65,12 +76,12 @@ def test_decoding_feeds_exactly_the_training_inputs(case: Case):
 @pytest.mark.parametrize("cache", sorted(CACHES))
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_cached_steps_equal_the_same_steps_recomputed(
-    case: Case, cache: str, dtype: torch.dtype, bound: float
+    static: Case, cache: str, dtype: torch.dtype, bound: float
 ):
-    tokenizer, model = case.build(dtype)
+    tokenizer, model = static.build(dtype)
     latents = true_latents(tokenizer, model, BATCH)
     made = CACHES[cache](BATCH, 2, model.plan.slots)
-    state = start(tokenizer, model, case.conditions(BATCH), cache=made)
+    state = start(tokenizer, model, static.conditions(BATCH), cache=made)
     cached = force(model, state, latents)
     canvas = filled(tokenizer, latents)
     for k in range(len(model.plan.steps)):
@@ -83,10 +94,10 @@ def test_cached_steps_equal_the_same_steps_recomputed(
         assert (cached[k] - twin).abs().max() <= bound * twin.std()
 
 
-def test_training_sequence_equals_cached_decoding(case: Case):
-    tokenizer, model = case.build(torch.float64)
+def test_training_sequence_equals_cached_decoding(static: Case):
+    tokenizer, model = static.build(torch.float64)
     latents = true_latents(tokenizer, model, BATCH)
-    state = start(tokenizer, model, case.conditions(BATCH))
+    state = start(tokenizer, model, static.conditions(BATCH))
     cached = torch.cat(force(model, state, latents), dim=1)
     whole = model.plan.training_step()
     with torch.no_grad():
@@ -98,14 +109,14 @@ def test_training_sequence_equals_cached_decoding(case: Case):
 def test_later_latents_never_change_earlier_steps(case: Case):
     tokenizer, model = case.build()
     latents = true_latents(tokenizer, model, BATCH)
-    before = force(model, start(tokenizer, model, case.conditions(BATCH)), latents)
-    for k, step in enumerate(model.plan.steps):
+    before = list(forced(model, start(tokenizer, model, case.conditions(BATCH)), latents))
+    for k, (step, _) in enumerate(before):
         changed = changed_at(latents, step.target)
         after = force(model, start(tokenizer, model, case.conditions(BATCH)), changed)
         for j in range(k + 1):
-            assert torch.equal(before[j], after[j])
+            assert torch.equal(before[j][1], after[j])
         if k + 1 < len(after):
-            assert not torch.equal(before[k + 1], after[k + 1]), "the next step should notice"
+            assert not torch.equal(before[k + 1][1], after[k + 1]), "the next step should notice"
 
 
 def test_a_batch_equals_its_samples_alone(case: Case):
@@ -124,7 +135,7 @@ def test_sampled_latents_do_not_depend_on_the_batch(case: Case):
     together = drawn(run(model, start(tokenizer, model, case.conditions(BATCH))))
     for order in ([2], [1, 0], [2, 2, 0]):
         chosen = drawn(run(model, start(tokenizer, model, case.conditions(BATCH)).select(order)))
-        assert torch.equal(chosen, together[order])
+        assert same(chosen, together[order])
 
 
 def test_pictures_are_identical_twice_and_differ_by_seed(case: Case):
@@ -140,7 +151,7 @@ def test_pictures_are_identical_twice_and_differ_by_seed(case: Case):
 def test_rollback_fork_and_merge_at_different_steps(case: Case):
     tokenizer, model = case.build()
     straight = drawn(run(model, start(tokenizer, model, case.conditions(BATCH))))
-    last = len(model.plan.steps)
+    last = model.plan.evaluations
     early, late = (
         start(tokenizer, model, case.conditions(BATCH)),
         start(tokenizer, model, case.conditions(BATCH)),
@@ -149,7 +160,7 @@ def test_rollback_fork_and_merge_at_different_steps(case: Case):
     run(model, late)
     late.rollback(torch.tensor([1, last - 1, last]))
     merged = run(model, State.concat([early.select([1, 0]), late]))
-    assert torch.equal(drawn(merged), straight[[1, 0, 0, 1, 2]])
+    assert same(drawn(merged), straight[[1, 0, 0, 1, 2]])
 
 
 def test_prompts_of_different_lengths_are_merged():
@@ -217,14 +228,14 @@ def test_ports_reach_the_condition_of_each_sample(case: Case):
     assert shapes == [(2 * BATCH, (2, BATCH))] * 2
 
 
-def test_shared_slots_may_show_each_sample_its_own(case: Case):
+def test_shared_slots_may_show_each_sample_its_own(static: Case):
     """Positions are shared while what is shown differs by sample (masked orders), with a null branch beside."""
-    tokenizer, model = case.build()
+    tokenizer, model = static.build()
     step = model.plan.steps[1]
     shows = step.feed.shows.expand(BATCH, -1).clone()
     shows[0] = -1
     mixed = replace(step, feed=replace(step.feed, shows=shows))
-    state = start(tokenizer, model, case.conditions(BATCH))
+    state = start(tokenizer, model, static.conditions(BATCH))
     state.canvas.fill(true_latents(tokenizer, model, BATCH))
     with torch.no_grad():
         window = Packed(step.sees.own_mask(len(step.feed)), branches=2)
@@ -251,7 +262,7 @@ def test_guidance_off_equals_equal_branches(case: Case):
     doubled = start(tokenizer, model, case.conditions(BATCH), guidance=3.0)
     conditional = {k: v[:1].expand(2, *v.shape[1:]).clone() for k, v in doubled.prepared.items()}
     doubled.prepared = conditional
-    assert torch.equal(drawn(run(model, doubled)), drawn(single))
+    assert same(drawn(run(model, doubled)), drawn(single))
 
 
 def test_evaluations_and_tokens_are_counted(case: Case):
@@ -287,7 +298,7 @@ def test_gradients_reach_every_parameter(case: Case):
     objective = NextStepLoss(model.generator, model.heads["main"], condition_drop=0.5).train()
     condition = {k: v[0] for k, v in case.conditions(6).items()}
     torch.manual_seed(0)
-    lesson = WholePlan(tokenizer, model.plan).lesson(true_latents(tokenizer, model, 6))
+    lesson = case.teach(tokenizer, model.plan).lesson(true_latents(tokenizer, model, 6))
     objective(lesson, condition).backward()
     without = [
         n for n, p in objective.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)

@@ -182,8 +182,6 @@ def test_a_pair_that_does_not_belong_together(convert, published, tmp_path, chan
         (["cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight"], "LlamaGen's generator"),
         (["quantize.embedding.weight", "encoder.conv_blocks.0.res.0.conv1.weight"], "LlamaGen's tokenizer"),
         (["quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"], "a single-scale VQGAN"),
-        (["pos_start", "text_proj_for_sos.ca.mat_q"], "Infinity's generator"),
-        (["fake_latent", "diffloss.net.input_proj.weight"], "MAR's generator"),
         (["blocks.0.attention.qkv.weight", "conditioner.embed.weight"], "a part of a varkit folder"),
         (["lm_head.weight"], "not a VAR checkpoint: it holds lm_head.weight"),
     ],
@@ -245,7 +243,7 @@ def test_wrong_words_and_places(convert, published, tmp_path, text_model):
     assert "'onnx'" in convert(*files, "--to", "onnx")
     assert "there is no file" in convert(tmp_path / "none.pth")
     assert "is a folder; give the checkpoint files in it" in convert(published)
-    assert "only class-conditional VAR models" in convert("--to", "published", text_model)
+    assert "only class-conditional VAR and MAR models" in convert("--to", "published", text_model)
     assert "takes one model folder" in convert("--to", "published", text_model, text_model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")

@@ -25,11 +25,14 @@ def picture(size: tuple[int, int] = (8, 12)) -> Image.Image:
     return Image.fromarray(values)
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-def test_keeping_everything_returns_the_reconstruction_exactly(smooth: bool):
-    model, image = pipeline(), picture()
+@pytest.mark.parametrize(
+    ("name", "prompt", "settings"),
+    [("var-class", 3, {}), ("var-class", 3, {"smooth": True}), ("infinity-text", "a ring", {})],
+)
+def test_keeping_everything_returns_the_reconstruction_exactly(name: str, prompt, settings: dict):
+    model, image = pipeline(name), picture()
     rebuilt = model.tokenizer.decode(model.tokenizer.encode(to_tensor(np.asarray(image)[None])))
-    edited = inpaint(model, image, np.zeros((8, 12), bool), 3, n=2, smooth=smooth)
+    edited = inpaint(model, image, np.zeros((8, 12), bool), prompt, n=2, **settings)
     for one in edited:
         assert one.tobytes() == to_pil(rebuilt)[0].tobytes()
 
@@ -60,8 +63,8 @@ def test_kept_tokens_are_the_pictures_own_and_versions_differ_elsewhere():
     redraw = box_mask((8, 12), (0, 0.5, 1, 1))
     keep = keep_masks(torch.from_numpy(redraw), model.model.plan.schedule)
     state = model.start([3, 3], seed=0)
-    state.options = replace(state.options, override=keeping(model.tokenizer.quantizer.codebook))
-    state.extras = {"true_ids": true.repeat(2, 1), "keep": keep.repeat(2, 1)}
+    state.options = replace(state.options, override=keeping(model.tokenizer.quantizer))
+    state.extras = {"true": true.repeat(2, 1), "keep": keep.repeat(2, 1)}
     state = state.select([1, 0])
     for _ in decode(model.model, state):
         pass

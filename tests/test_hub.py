@@ -14,10 +14,13 @@ from torch import nn
 
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
+from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.pixelcnn import PixelCNNConfig
+from varkit.generators.prompt import TextFeaturesConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
+from varkit.heads.bits import BitsConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.hub import llamagen, var
@@ -33,6 +36,7 @@ from varkit.hub.states import (
 )
 from varkit.plans.raster import RasterConfig
 from varkit.plans.scales import ScalesConfig
+from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.pixels import PixelsConfig
@@ -57,6 +61,11 @@ CONFIGS = {
     "pixels": PixelsConfig((2, 4)),
     "pixelcnn": PixelCNNConfig(ClassConfig(2), (2, 4), width=8, levels=2),
     "mixture": LogisticMixtureConfig(8, 2),
+    "bitwise": BitwiseConfig(CONV, schedule=(1, (2, 3)), patch=2),
+    "infinity": InfinityConfig(1, 32, 4, 16, TextConfig(("red", "blue"), width=16)),
+    "features": InfinityConfig(1, 32, 4, 16, TextFeaturesConfig(16, 4)),
+    "bits": BitsConfig(32, 16),
+    "framed": ScalesConfig((1, (2, 3)), frame=(4, 6), ratios=True),
 }
 
 

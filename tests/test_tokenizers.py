@@ -180,12 +180,12 @@ def test_training_pass_equals_the_papers_loss() -> None:
     quantizer, schedule = make().quantizer, Schedule.of(1, 2, 3, 4)
     f = features(schedule).requires_grad_()
     out = quantizer(f, schedule)
-    f_hats = [quantizer.features(out.ids, schedule, level) for level in range(1, 5)]
+    f_hats = [quantizer.features(out.chosen, schedule, level) for level in range(1, 5)]
     expected = torch.stack([1.25 * F.mse_loss(f_hat, f) for f_hat in f_hats]).mean()
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(out.features, f_hats[-1])
-    assert torch.equal(out.ids, quantizer.encode(f, schedule))
-    assert torch.equal(quantizer.embedding.nearest(out.residuals), out.ids)
+    assert torch.equal(out.chosen, quantizer.encode(f, schedule))
+    assert torch.equal(quantizer.embedding.nearest(out.residuals), out.chosen)
     # Straight-through: the features' gradient is that of f itself; codes and phis get none of it.
     weights = torch.randn(out.features.shape, generator=seeded(2))
     codes = quantizer.embedding.weight

@@ -16,11 +16,12 @@ from varkit.plans.step import Slots, Step
 
 
 class PyramidCanvas(Canvas):
-    """Ids (B, L), inputs (B, L, D), running sum f_hat (B, D, h, w); samples may stand at different levels.
+    """What is chosen (B, L, ...), inputs (B, L, D), running sum f_hat (B, D, h, w).
 
-    `quantizer` provides `lookup`, `accumulate` and `next_input` (see tokenizers/multiscale_vq.py); `show` maps f_hat to
-    images. A step must reveal whole levels. Values may bring `codes` (B, T, D) to be added in place of the
-    codebook's (smooth sampling, blended edits); the codes added are kept, so that a rollback can add them again.
+    Samples may stand at different levels. `quantizer` names and makes what is chosen (ids, bits), and provides
+    `lookup`, `accumulate` and `next_input` (see tokenizers/residual.py); `show` maps f_hat to images. A step must
+    reveal whole levels. Values may bring `codes` (B, T, D) to be added in place of those looked up (smooth sampling,
+    blended edits); the codes added are kept, so that a rollback can add them again.
     """
 
     def __init__(
@@ -32,21 +33,23 @@ class PyramidCanvas(Canvas):
         tensors: dict[str, Tensor] | None = None,
     ) -> None:
         self.quantizer, self.schedule, self.show = quantizer, schedule, show
+        self.name: str = quantizer.latent
         if tensors is None:
-            like, width = quantizer.codebook, quantizer.codebook.shape[1]
+            chosen = quantizer.empty(batch, schedule.total)
+            codes = quantizer.lookup(chosen)
             tensors = {
-                "ids": torch.zeros(batch, schedule.total, dtype=torch.int64, device=like.device),
-                "codes": like.new_zeros(batch, schedule.total, width),
-                "inputs": like.new_zeros(batch, schedule.total, width),
-                "f_hat": like.new_zeros(batch, width, *schedule.last),
+                self.name: chosen,
+                "codes": torch.zeros_like(codes),
+                "inputs": torch.zeros_like(codes),
+                "f_hat": quantizer.zeros(batch, schedule),
                 "revealed_at": torch.full((batch, schedule.total), NEVER),
             }
         self._tensors = tensors
 
     @property
-    def ids(self) -> Tensor:
-        """(B, L) int64 codes."""
-        return self._tensors["ids"]
+    def chosen(self) -> Tensor:
+        """(B, L, ...): ids int64 (B, L), or bits uint8 (B, L, D)."""
+        return self._tensors[self.name]
 
     @property
     def f_hat(self) -> Tensor:
@@ -65,9 +68,9 @@ class PyramidCanvas(Canvas):
             "a pyramid commits whole levels; nothing is provisional"
         )
         again = gather_positions(self.known, step.target).any(dim=1)
-        scatter_positions(self.ids, step.target, values["ids"])
+        scatter_positions(self.chosen, step.target, values[self.name])
         mark_revealed(self.revealed_at, step, at)
-        codes = values["codes"] if "codes" in values else self.quantizer.lookup(values["ids"])
+        codes = values["codes"] if "codes" in values else self.quantizer.lookup(values[self.name])
         first = (
             step.target[..., 0].expand(self.batch)
             if step.target.ndim == 2
@@ -77,7 +80,7 @@ class PyramidCanvas(Canvas):
             if start >= 0:
                 rows = (first == start).nonzero()[:, 0]
                 target = step.target if step.target.ndim == 1 else step.target[rows[0]]
-                self._reveal_levels(rows.to(self.ids.device), int(start), int((target >= 0).sum()), codes)
+                self._reveal_levels(rows.to(self.f_hat.device), int(start), int((target >= 0).sum()), codes)
         for b in again.nonzero()[:, 0].tolist():
             self._replay(b)  # a level drawn anew: its old codes must leave the sum
 
@@ -106,14 +109,15 @@ class PyramidCanvas(Canvas):
             self._tensors["inputs"][slice(None) if rows is None else rows, b:end] = after
 
     def latents(self) -> dict[str, Tensor]:
-        return {"ids": self.ids}
+        return {self.name: self.chosen}
 
     def fill(self, latents: dict[str, Tensor]) -> None:
-        self._tensors["ids"] = latents["ids"].to(self.ids.device, copy=True)
+        like = self.chosen
+        self._tensors[self.name] = latents[self.name].to(like.device, like.dtype, copy=True)
         self._tensors["f_hat"] = torch.zeros_like(self.f_hat)
         for level in range(len(self.schedule)):
             a, b = self.schedule.offsets[level], self.schedule.offsets[level + 1]
-            self._add(level, self.quantizer.lookup(latents["ids"][:, a:b]), None)
+            self._add(level, self.quantizer.lookup(self.chosen[:, a:b]), None)
         self._tensors["revealed_at"] = torch.zeros_like(self.revealed_at)
 
     def preview(self) -> Tensor:
@@ -129,7 +133,7 @@ class PyramidCanvas(Canvas):
 
     def _replay(self, b: int) -> None:
         """Recompute f_hat and the inputs of one sample from its known levels."""
-        rows = torch.tensor([b], device=self.ids.device)
+        rows = torch.tensor([b], device=self.f_hat.device)
         self.f_hat[rows] = 0
         for level in range(len(self.schedule)):
             a, e = self.schedule.offsets[level], self.schedule.offsets[level + 1]

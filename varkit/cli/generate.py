@@ -62,6 +62,11 @@ class Generate(Sampling):
     """HEIGHTxWIDTH in pixels, if the model makes several."""
     out: Path | None = None
     """FILE.png (n > 1 writes FILE-0.png ...) or a folder; by default a name made from the prompt."""
+    shard: str | None = None
+    """I/N: draw only the pictures whose number leaves I when divided by N, so that N processes or machines share the
+    work; the pictures are the same for any N."""
+    resume: bool = False
+    """Leave pictures that are there as they are, and draw the others."""
     grid: bool = False
     """Write one picture with all of them."""
     previews: bool = False
@@ -74,6 +79,9 @@ class Generate(Sampling):
         if self.n < 1:
             raise UserError(f"--n is {self.n}; ask for at least 1 picture")
         targets = self._targets(prompts)
+        share = parse_shard(self.shard)
+        if self.grid and (self.shard or self.resume):
+            raise UserError("--grid needs all pictures at once; leave out --shard and --resume, or --grid")
         for target in targets:
             if target.is_dir():
                 raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
@@ -82,18 +90,21 @@ class Generate(Sampling):
 
         from varkit.hub.pipeline import load
 
-        pipeline = load(self.model)
-        pipeline.check_size(size)
+        pipeline = load(self.model).sized(size)
         pipeline.conditions(prompts)  # a mistake in the last prompt shows before the first is drawn
-        jobs = list(pipeline.jobs(prompts, self.n))
-        drawn = draw(pipeline, jobs, self.seed, self.chosen(), self.previews)
+        jobs = list(enumerate(pipeline.jobs(prompts, self.n)))
         strip_targets = self._strip_targets(prompts)
         if not self.grid:
-            for path, strip_path, (image, strip) in zip(targets, strip_targets, drawn, strict=True):
-                save_picture(image, path)  # at once: what is drawn is not lost when the rest is interrupted
+            left = [job for job in jobs[share] if not (self.resume and targets[job[0]].exists())]
+            alike = self.resume or self.shard is not None
+            drawn = draw(pipeline, left, self.seed, self.chosen(), self.previews, alike)
+            for (number, _), (image, strip) in zip(left, drawn, strict=True):
                 if strip is not None:
-                    save_picture(strip, strip_path)
+                    save_picture(strip, strip_targets[number])
+                # At once: what is drawn is not lost when the rest is interrupted.
+                save_picture(image, targets[number])
             return
+        drawn = draw(pipeline, jobs, self.seed, self.chosen(), self.previews)
 
         from varkit.pictures import grid
 
@@ -152,12 +163,17 @@ def read_prompts(file: Path) -> list[str | int]:
 
 def draw(
     pipeline: "Pipeline",
-    jobs: Sequence[str | int],
+    jobs: Sequence[tuple[int, str | int]],
     seed: int,
     settings: dict[str, Any],
     previews: bool = False,
+    alike: bool = False,
 ) -> Iterator[tuple["Image.Image", "Image.Image | None"]]:
-    """Each picture as its batch is finished, with the strip of its previews if wanted; shows a progress bar."""
+    """The picture of each (number, prompt) as its batch is finished, and the strip of its previews if wanted.
+
+    Sums round differently in batches of another size. So all batches have one size where there are several, or where
+    those of other processes have to be `alike`: the last one is filled up. Shows a progress bar.
+    """
     from dataclasses import replace
 
     from varkit.decode.loop import decode
@@ -165,14 +181,18 @@ def draw(
 
     chosen = replace(pipeline.settings, **settings)
     with progress("drawing", len(jobs)) as advance:
-        for start in pipeline.starts(jobs, seed, BATCH, chosen):
+        for first in range(0, len(jobs), BATCH):
+            wanted = list(jobs[first : first + BATCH])
+            filled = BATCH if alike or len(jobs) > BATCH else len(wanted)
+            batch = wanted + wanted[-1:] * (filled - len(wanted))
+            start = pipeline.start([prompt for _, prompt in batch], seed, [n for n, _ in batch], chosen)
             frames = [
                 pipeline.pictures(state)
                 for state in decode(pipeline.model, start)
                 if previews or bool(state.finished.all())
             ]
-            advance(start.batch)
-            for grown in zip(*frames, strict=True):
+            advance(len(wanted))
+            for grown in list(zip(*frames, strict=True))[: len(wanted)]:
                 yield grown[-1], grid(grown, columns=len(grown)) if previews else None
 
 
@@ -187,6 +207,16 @@ def slug(prompt: str | int) -> str:
     """A short file name made from a prompt."""
     words = re.sub(r"[^a-z0-9]+", "-", str(prompt).lower()).strip("-")
     return words[:60].strip("-") or "picture"
+
+
+def parse_shard(text: str | None) -> slice:
+    """I/N -> every N-th from the I-th on. Raises `UserError` for anything else."""
+    if text is None:
+        return slice(None)
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--shard {text!r} is not I/N with I from 0 to N - 1; write e.g. 0/4")
+    return slice(int(found[1]), None, int(found[2]))
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -4,43 +4,92 @@ Branch 0 is the condition, branch 1 the null condition. Published conventions ((
 LlamaGen) are converted where they are loaded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from varkit.errors import UserError
+from varkit.generators.base import Prepared, branches_and_batch
+from varkit.plans.step import Step
+
+BySteps = float | tuple[float, ...]
+"""One number for a whole run, or one for each of its steps."""
+
+
+def by_step(values: Sequence[float], progress: Tensor) -> Tensor:
+    """The value of each step, of progress's shape; a list of another length than the plan's is spread evenly."""
+    index = (progress * (len(values) - 1)).round().long()
+    return torch.tensor(values, device=progress.device)[index]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (arXiv 2207.12598), constant or rising from off at the first step to `scale` at the
-    last.
+    """Classifier-free guidance (arXiv 2207.12598), constant, given for each step, or rising from off at the first step
+    to `scale` at the last.
 
     The ramp is VAR's: t grows linearly over the scales, so s_k = 1 + (scale - 1) k / (K - 1).
     """
 
-    scale: float = 1.0
+    scale: BySteps = 1.0
     ramp: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.scale <= 100:
+        if self.ramp and isinstance(self.scale, tuple):
             raise UserError(
-                f"guidance {self.scale} is out of range; use 0 to 100 (1 is off, 2 to 5 is usual)"
+                f"guidance {self.scale} is given for each step, so it cannot be a ramp too; leave one out"
             )
+        for scale in self.scale if isinstance(self.scale, tuple) else (self.scale,):
+            if not 0 <= scale <= 100:
+                raise UserError(f"guidance {scale} is out of range; use 0 to 100 (1 is off, 2 to 5 is usual)")
 
     @property
     def off(self) -> bool:
         """True when only the conditional branch matters, so that one branch is enough."""
-        return self.scale == 1.0
+        return set(self.scale) == {1.0} if isinstance(self.scale, tuple) else self.scale == 1.0
 
     def __call__(self, branches: Tensor, progress: Tensor) -> Tensor:
         """branches (R, B, T, ...), progress (B, 1) or (B, T) in [0, 1] -> (B, T, ...)."""
         if branches.shape[0] == 1:
             return branches[0]
         conditional, null = branches[0], branches[1]
-        if not self.ramp:
+        if isinstance(self.scale, tuple):
+            s = by_step(self.scale, progress).to(branches.device, branches.dtype)
+        elif self.ramp:
+            s = 1 + (self.scale - 1) * progress.to(branches.device, branches.dtype)
+        else:
             return torch.lerp(null, conditional, self.scale)
-        s = 1 + (self.scale - 1) * progress.to(branches.device, branches.dtype)
         s = s.view(*s.shape, *([1] * (conditional.ndim - s.ndim)))
         return s * conditional + (1 - s) * null
+
+
+@dataclass(frozen=True)
+class GuidedLayer:
+    """A port that guides hidden states in the midst of the network (Infinity's "CFG on features").
+
+    All branches go on from what was combined, each with its own condition; the head then reads `Conditional`.
+    """
+
+    guidance: Guidance
+
+    def __post_init__(self) -> None:
+        if self.guidance.ramp or isinstance(self.guidance.scale, tuple):
+            raise UserError(
+                f"guidance at a layer is one number, not {self.guidance}; leave the ramp or the list out"
+            )
+
+    def __call__(self, h: Tensor, step: Step, prepared: Prepared) -> Tensor:
+        """h (R x B, L, C) -> the same, equal in all branches."""
+        branches, batch = branches_and_batch(prepared)
+        mixed = self.guidance(h.unflatten(0, (branches, batch)), torch.zeros(batch, 1))
+        return mixed.repeat(branches, 1, 1)
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """What is read after a `GuidedLayer`: the conditional branch."""
+
+    def __call__(self, branches: Tensor, progress: Tensor) -> Tensor:
+        """branches (R, B, T, ...) -> (B, T, ...)."""
+        return branches[0]

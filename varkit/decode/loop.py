@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varkit.canvases.base import gather_positions, steps_of
+from varkit.decode.guidance import by_step
 from varkit.decode.state import State
 from varkit.generators.base import Generator, branches_and_batch, rows
 from varkit.heads.base import Ask, Head
@@ -80,14 +81,18 @@ def _read(h: Tensor, step: Step, state: State) -> Tensor:
 
 def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
     at = steps_of(step, state.cursor)
+    progress, temperature = model.plan.progress(at), state.options.temperature
     return Ask(
         step=step,
         draws=state.draws,
         at=at,
-        progress=model.plan.progress(at),
+        progress=progress,
         combine=state.options.combine,
         pick=state.options.pick,
         fed=fed if step.reads_all else {k: gather_positions(v, step.read) for k, v in fed.items()},
+        temperature=by_step(temperature, progress)[..., None]
+        if isinstance(temperature, tuple)
+        else temperature,
     )
 
 

@@ -9,49 +9,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varkit.decode.guidance import BySteps, by_step
 from varkit.errors import UserError
 from varkit.heads.base import Ask
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """temperature 0 is arg-max; top_k 0 and top_p 0 keep everything.
+    """temperature 0 is arg-max; top_k 0 and top_p 0 keep everything. A temperature may be given for each step.
 
     Ties at the k-th value are all kept (as published). top-p keeps the smallest set of probability >= top_p.
     """
 
-    temperature: float = 1.0
+    temperature: BySteps = 1.0
     top_k: int = 0
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature {self.temperature} is not a number from 0 up; use 0 (arg-max) or e.g. 1"
-            )
+        for temperature in self.temperature if isinstance(self.temperature, tuple) else (self.temperature,):
+            if not 0 <= temperature < math.inf:
+                raise UserError(
+                    f"temperature {temperature} is not a number from 0 up; use 0 (arg-max) or e.g. 1"
+                )
         if self.top_k < 0:
             raise UserError(f"top-k {self.top_k} is below 0; use 0 (keep all) or a count of codes to keep")
         if not 0 <= self.top_p <= 1:
             raise UserError(f"top-p {self.top_p} is outside 0 to 1; use 0 (keep all) or e.g. 0.95")
 
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
-        """logits (B, T, V) -> ids (B, T)."""
+        """logits (B, T, ..., V) -> ids (B, T, ...); what a target is made of (bits) has a draw each."""
         if self.temperature == 0:
             return {"ids": logits.argmax(dim=-1)}
-        uniform = (
-            ask.draws.uniform("token", ask.at, ask.step.target.clamp(min=0)).squeeze(-1).to(logits.device)
-        )
-        return {"ids": pick(self.filtered(logits), uniform)}
+        target, shape = ask.step.target.clamp(min=0), logits.shape[:-1]
+        uniform = ask.draws.uniform("token", ask.at, target, math.prod(shape[2:])).view(shape)
+        ids = pick(self.filtered(logits, ask.progress), uniform.to(logits.device))
+        if isinstance(self.temperature, tuple) and 0 in self.temperature:
+            greedy = _over(by_step(self.temperature, ask.progress) == 0, ids)
+            ids = torch.where(greedy, logits.argmax(dim=-1), ids)
+        return {"ids": ids}
 
-    def filtered(self, logits: Tensor) -> Tensor:
-        """logits (..., V) over the temperature, -inf where top-k or top-p drop a code."""
-        if self.temperature not in (0.0, 1.0):
+    def filtered(self, logits: Tensor, progress: Tensor | None = None) -> Tensor:
+        """logits (B, T, ..., V) over the temperature, -inf where top-k or top-p drop a code.
+
+        `progress` (B, 1) or (B, T) says which temperature, when there is one for each step.
+        """
+        if isinstance(self.temperature, tuple):
+            assert progress is not None, "temperatures by step need the progress"
+            temperature = by_step(self.temperature, progress)
+            logits = logits / _over(torch.where(temperature == 0, 1.0, temperature), logits)
+        elif self.temperature not in (0.0, 1.0):
             logits = logits / self.temperature
         if self.top_k and self.top_k < logits.shape[-1]:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p and self.top_p < 1:
             logits = keep_top_p(logits, self.top_p)
         return logits
+
+
+def _over(x: Tensor, like: Tensor) -> Tensor:
+    """(B, 1) or (B, T) -> broadcastable to `like` (B, T, ...)."""
+    return x.to(like.device).view(*x.shape, *([1] * (like.ndim - 2)))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -97,5 +114,5 @@ class SmoothSampler:
         )
         r = ask.progress.to(logits.device)[..., None]
         tau = (0.27 * (1 - 0.95 * r)).clamp(min=0.005)
-        weights = ((self.sampler.filtered(logits) * (1 + r) + gumbel) / tau).softmax(dim=-1)
+        weights = ((self.sampler.filtered(logits, ask.progress) * (1 + r) + gumbel) / tau).softmax(dim=-1)
         return {**self.sampler(logits, ask), "codes": weights @ self.codebook}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varkit.canvases.base import Canvas
 from varkit.decode.cache.base import Cache
-from varkit.decode.guidance import Guidance
+from varkit.decode.guidance import BySteps, Guidance
 from varkit.decode.sampling import Sampler
 from varkit.draws import Draws
 from varkit.generators.base import Prepared
@@ -26,12 +26,15 @@ Override = Callable[[Step, dict[str, Tensor], "State"], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Options:
-    """How a run decodes: guidance over branches, the sampler of discrete heads, ports, and an override of values."""
+    """How a run decodes: guidance over branches, the sampler of discrete heads, ports, an override of values, and the
+    temperature of heads over real numbers.
+    """
 
     combine: Combine = Guidance()
     pick: Callable[[Tensor, Ask], dict[str, Tensor]] = Sampler()
     ports: Ports | None = None
     override: Override | None = None
+    temperature: BySteps = 1.0
 
 
 @dataclass

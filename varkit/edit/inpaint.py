@@ -24,6 +24,7 @@ from varkit.pictures import to_pil, to_tensor
 from varkit.plans.scales import ScalePlan
 from varkit.plans.schedule import Schedule
 from varkit.plans.step import Step
+from varkit.tokenizers.residual import ResidualQuantizer
 
 ALWAYS_KEPT = 3
 """Scales of at most this many positions keep the picture's own tokens: they hold its overall tone (published rule)."""
@@ -45,17 +46,20 @@ def keep_masks(redraw: Tensor, schedule: Schedule) -> Tensor:
     return torch.cat(levels)
 
 
-def keeping(codebook: Tensor) -> Override:
-    """An override that puts the true ids in place of sampled ones where they are kept.
+def keeping(quantizer: ResidualQuantizer) -> Override:
+    """An override that puts the true ids, or bits, in place of sampled ones where they are kept.
 
-    Both travel in the state's extras: `true_ids` (B, L) int64 and `keep` (B, L) bool. codebook (V, D).
+    Both travel in the state's extras: `true` (B, L, ...), in the form that the quantizer chooses, and `keep` (B, L)
+    bool.
     """
 
     def override(step: Step, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
-        true, held = (gather_positions(state.extras[name], step.target) for name in ("true_ids", "keep"))
-        mixed = {**values, "ids": torch.where(held, true, values["ids"])}
+        true, held = (gather_positions(state.extras[name], step.target) for name in ("true", "keep"))
+        name = quantizer.latent
+        every = held.view(*held.shape, *([1] * (true.ndim - 2)))
+        mixed = {**values, name: torch.where(every, true, values[name])}
         if "codes" in values:
-            mixed["codes"] = torch.where(held[..., None], codebook[true], values["codes"])
+            mixed["codes"] = torch.where(held[..., None], quantizer.lookup(true), values["codes"])
         return mixed
 
     return override
@@ -87,14 +91,13 @@ def inpaint(
             "they must have one size"
         )
     tokenizer, schedule = pipeline.tokenizer, pipeline.model.plan.schedule
-    ids = tokenizer.encode(to_tensor(np.asarray(fitted(image, pipeline.size))[None]).to(pipeline.device))[
-        "ids"
-    ]
+    pixels = to_tensor(np.asarray(fitted(image, pipeline.size))[None]).to(pipeline.device)
+    true = tokenizer.encode(pixels, schedule)[tokenizer.quantizer.latent]
     keep = keep_masks(torch.from_numpy(redraw), schedule)
     chosen = replace(pipeline.settings, **settings)
     state = _start(pipeline, prompt, n, seed, chosen)
-    state.options = replace(state.options, override=keeping(tokenizer.quantizer.codebook))
-    state.extras = {"true_ids": ids.repeat(n, 1), "keep": keep.to(ids.device).repeat(n, 1)}
+    state.options = replace(state.options, override=keeping(tokenizer.quantizer))
+    state.extras = {"true": torch.cat([true] * n), "keep": keep.to(true.device).repeat(n, 1)}
     return to_pil(run(pipeline.model, state).canvas.preview())
 
 

@@ -41,6 +41,9 @@ class Conditioner(nn.Module, ABC):
     def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same shape, asking for nothing."""
 
+    def initialise(self) -> None:
+        """What a generator's initialisation must not leave as it made it; nothing here."""
+
 
 class ClassCondition(Conditioner):
     """A row of a table for each label: {"label": (N,)} -> vector (N, D), no memory."""
@@ -73,9 +76,18 @@ class TextCondition(Conditioner):
         return self.project(pooled), memory, mask
 
     def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        empty = torch.full_like(condition["text"], PAD)
-        empty[..., 0] = BEGIN
-        return {"text": empty}
+        return {"text": empty_prompt(condition["text"])}
+
+    def initialise(self) -> None:
+        """The encoder starts by its own width."""
+        self.encoder.initialise()
+
+
+def empty_prompt(text: Tensor) -> Tensor:
+    """Ids (..., T) of the prompt without words."""
+    empty = torch.full_like(text, PAD)
+    empty[..., 0] = BEGIN
+    return empty
 
 
 def drop_condition(conditioner: Conditioner, condition: dict[str, Tensor], rate: float) -> dict[str, Tensor]:

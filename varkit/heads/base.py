@@ -25,7 +25,8 @@ class Ask:
     draws: the samples' random streams. at: the decoding step each target belongs to, (B, 1), or (B, T) in a pack.
     progress: of the same shape, 0 at the first step, 1 at the last. combine: guidance. pick: the sampler of a discrete
     head (logits -> values by name). fed: values that entered at the slots read, (B, T, ...), for heads that refine what
-    was fed (a flow over the backbone).
+    was fed (a flow over the backbone). temperature: of heads over real numbers, a number or (B, T or 1, 1); a discrete
+    head has its sampler's.
     """
 
     step: Step
@@ -35,6 +36,7 @@ class Ask:
     combine: Combine
     pick: Callable[[Tensor, "Ask"], dict[str, Tensor]] | None = None
     fed: dict[str, Tensor] = field(default_factory=dict)
+    temperature: float | Tensor = 1.0
 
 
 class Head(nn.Module, ABC):

@@ -6,10 +6,12 @@ never disagree. Published tensors may carry leading dimensions of 1 that ours do
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
+from varkit.errors import UserError
 from varkit.hub.states import State, check_state
 
 
@@ -58,3 +60,19 @@ def part(state: Mapping[str, Tensor], prefix: str) -> State:
 def joined(**parts: Mapping[str, Tensor]) -> State:
     """Several states as one, each under its keyword: the inverse of `part`."""
     return {f"{prefix}.{name}": tensor for prefix, state in parts.items() for name, tensor in state.items()}
+
+
+def grouped(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many values the group of `pattern` takes among the names: layers, for one."""
+    return len({m[1] for m in (re.match(pattern, name) for name in state) if m})
+
+
+def check_told(what: str, own: Any, told: Any) -> None:
+    """Raise `UserError` unless the configuration that published shapes tell is the model's own."""
+    for field in fields(own):
+        value, published = getattr(own, field.name), getattr(told, field.name)
+        if value != published:
+            raise UserError(
+                f"the published layout cannot express this model: {field.name} of the {what} is {value}, which would "
+                f"be read back as {published}; keep the varkit folder"
+            )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
-from varkit.decode.guidance import Guidance
+from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer
 from varkit.decode.loop import Model, decode, run
 from varkit.decode.sampling import Sampler, SmoothSampler
 from varkit.decode.state import Options, Override, State
@@ -31,6 +31,9 @@ from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import CONFIG, load_parts, save_parts
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
+from varkit.plans.ratios import sized
+from varkit.plans.scales import ScalesConfig
+from varkit.plans.schedule import Schedule
 
 Prompt = str | int
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -42,15 +45,19 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64
 class Settings:
     """How to sample. guidance s means u + s (c - u): 1 is off; `ramp` raises it from 1 over the steps (VAR).
 
-    temperature 0 is arg-max; top_k 0 and top_p 0 keep every code; `smooth` mixes codes (VAR's more_smooth).
+    temperature 0 is arg-max, or no noise in the steps of a head over real numbers; top_k 0 and top_p 0 keep every code;
+    `smooth` mixes codes (VAR's more_smooth). guidance and temperature may be lists, a number for each step.
+    guidance_layer: the block after which hidden states are guided, counted back from the last, -1 (Infinity); 0 guides
+    the head's output.
     """
 
-    guidance: float = 1.0
+    guidance: BySteps = 1.0
     ramp: bool = False
-    temperature: float = 1.0
+    temperature: BySteps = 1.0
     top_k: int = 0
     top_p: float = 0.0
     smooth: bool = False
+    guidance_layer: int = 0
 
     def __post_init__(self) -> None:
         self.combine(), self.sampler()  # validates
@@ -96,11 +103,20 @@ class Pipeline:
         heads = {route: part.eval() for name, part in parts.items() if (route := route_of(name))}
         self.model = Model(parts["plan"], self.generator, heads)
         self.how = How()
+        plan = configs["plan"]
+        self.schedule = Schedule.parse(plan.schedule) if isinstance(plan, ScalesConfig) else None
 
     def using(self, **changes: Any) -> "Pipeline":
         """The same model (no weight is copied), decoded otherwise: `cache=`, `ports=`, ... of `How`."""
         other = copy(self)
         other.how = replace(self.how, **changes)
+        return other
+
+    def over(self, plan: ScalesConfig) -> "Pipeline":
+        """The same model over another pyramid, where its generator takes any: another size or shape of pictures."""
+        parts, configs = self.parts | {"plan": plan.build()}, self.configs | {"plan": plan}
+        other = Pipeline(parts, configs, self.settings, self.about)
+        other.how = self.how
         return other
 
     @property
@@ -123,7 +139,15 @@ class Pipeline:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of its pictures, in pixels."""
-        return self.tokenizer.image_size()
+        return self.tokenizer.image_size(self.schedule)
+
+    def sized(self, size: tuple[int, int] | None) -> "Pipeline":
+        """The model for pictures of (height, width) pixels. Raises `UserError` for a size that it cannot make."""
+        plan = self.configs["plan"]
+        if size is not None and size != self.size and isinstance(plan, ScalesConfig) and plan.ratios:
+            return self.over(sized(*size))
+        self.check_size(size)
+        return self
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise `UserError` for a size that this model's schedule cannot make."""
@@ -189,20 +213,31 @@ class Pipeline:
             condition = {k: torch.cat([v, null[k]]) for k, v in condition.items()}
         sampler = SmoothSampler(pick, self._codebook()) if settings.smooth else pick
         cache = self.how.cache(batch, 1 if combine.off else 2, self.model.plan.slots)
+        how = self.how
+        options = Options(combine, how.wrap(sampler), how.ports, how.override, settings.temperature)
+        if settings.guidance_layer:
+            options = self._guided_at(settings.guidance_layer, combine, options)
         prepared = self.generator.prepare(condition)
-        return State.start(
-            self.tokenizer.canvas(batch),
-            cache,
-            prepared,
-            Draws.start(seed, samples),
-            Options(combine, self.how.wrap(sampler), self.how.ports, self.how.override),
-        )
+        canvas = self.tokenizer.canvas(batch, self.schedule)
+        return State.start(canvas, cache, prepared, Draws.start(seed, samples), options)
+
+    def _guided_at(self, layer: int, guidance: Guidance, options: Options) -> Options:
+        """The options with guidance after a block, counted back from the last, in place of the head's output."""
+        depth = self.generator.depth
+        if not -depth <= layer < 0:
+            raise UserError(
+                f"guidance_layer {layer} is no block of this model; use -{depth} to -1, or 0 for the head"
+            )
+        site = ("block", depth + layer)
+        assert site not in (options.ports or {}), f"{site} has a port already"
+        ports: Ports = {**(options.ports or {}), site: GuidedLayer(guidance)}
+        return replace(options, combine=Conditional(), ports=ports)
 
     def _codebook(self) -> torch.Tensor:
-        quantizer = getattr(self.tokenizer, "quantizer", None)
-        if quantizer is None:
+        codebook = getattr(getattr(self.tokenizer, "quantizer", None), "codebook", None)
+        if codebook is None:
             raise UserError("smooth mixes codes, and this model has none; leave it out")
-        return quantizer.codebook
+        return codebook
 
     def starts(
         self,

@@ -10,15 +10,22 @@ from varkit.errors import unknown_name
 
 PARTS: dict[str, str] = {
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq:MultiScaleVQConfig",
+    "Bitwise": "varkit.tokenizers.bitwise:BitwiseConfig",
     "VQ": "varkit.tokenizers.vq:VQConfig",
     "Pixels": "varkit.tokenizers.pixels:PixelsConfig",
+    "KL": "varkit.tokenizers.kl:KLConfig",
     "VAR": "varkit.generators.var:VARConfig",
+    "Infinity": "varkit.generators.infinity:InfinityConfig",
     "LlamaGen": "varkit.generators.llamagen:LlamaGenConfig",
+    "MAR": "varkit.generators.mar:MARConfig",
     "PixelCNN": "varkit.generators.pixelcnn:PixelCNNConfig",
+    "BitsHead": "varkit.heads.bits:BitsConfig",
     "CategoricalHead": "varkit.heads.categorical:CategoricalConfig",
+    "DiffusionHead": "varkit.heads.diffusion:DiffusionConfig",
     "LogisticMixtureHead": "varkit.heads.logistic_mixture:LogisticMixtureConfig",
     "scales": "varkit.plans.scales:ScalesConfig",
     "raster": "varkit.plans.raster:RasterConfig",
+    "masked": "varkit.plans.masked:MaskedConfig",
 }
 
 

@@ -4,6 +4,7 @@ Files are memory-mapped, and modules are built without memory for their paramete
 then become: loading costs about the size of the file, once.
 """
 
+import argparse
 import difflib
 import itertools
 import re
@@ -59,7 +60,9 @@ def write_safetensors(path: StrPath, state: Mapping[str, Tensor]) -> None:
 
 
 def read_checkpoint(path: StrPath) -> dict[str, Any]:
-    """A published checkpoint, safetensors or pickled; of pickles only tensors and plain containers are unpacked."""
+    """A published checkpoint, safetensors or pickled; of pickles only tensors and plain containers are unpacked, and
+    `argparse.Namespace`, a container too, in which many trainers keep their arguments.
+    """
     suffix = Path(path).suffix
     if suffix == ".safetensors":
         return dict(read_safetensors(path))
@@ -68,7 +71,8 @@ def read_checkpoint(path: StrPath) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} ends in {suffix!r}; a checkpoint ends in one of {allowed}")
     _check_file(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # damage shows as many kinds

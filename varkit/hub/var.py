@@ -5,7 +5,6 @@ attention mask, zero key bias, codebook usage) are dropped on the way in and mad
 Legend: C width, L positions, K levels, V codes.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
-from varkit.hub.keymap import Rule, from_published, joined, part, to_published
+from varkit.hub.keymap import Rule, from_published, grouped, joined, part, to_published
 from varkit.hub.states import State, build_empty
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.conv import ConvConfig
@@ -92,17 +91,17 @@ def tokenizer_config(
 ) -> MultiScaleVQConfig:
     """The configuration that the shapes of a published tokenizer tell; they do not tell the schedule."""
     first = _get(state, "encoder.conv_in.weight", "tokenizer").shape[0]
-    levels = range(_count(state, r"encoder\.down\.(\d+)\."))
+    levels = range(grouped(state, r"encoder\.down\.(\d+)\."))
     widths = [_get(state, f"encoder.down.{i}.block.0.conv1.weight", "tokenizer").shape[0] for i in levels]
     vocab_size, code_channels = _get(state, "quantize.embedding.weight", "tokenizer").shape
     conv = ConvConfig(
         channels=first,
         multipliers=tuple(width // first for width in widths),
-        res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        res_blocks=grouped(state, r"encoder\.down\.0\.block\.(\d+)\."),
         latent_channels=_get(state, "encoder.conv_out.weight", "tokenizer").shape[0],
         attention="encoder.mid.attn_1.qkv.weight" in state,
     )
-    partly = _count(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
+    partly = grouped(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
     sharing = 1 if "quantize.quant_resi.qresi.weight" in state else partly
     return MultiScaleVQConfig(conv, vocab_size, code_channels, schedule, phi_sharing=sharing)
 
@@ -135,7 +134,7 @@ def generator_configs(
     """
     classes, width = _get(state, "class_emb.weight", "generator").shape
     scale = state.get("blocks.0.attn.scale_mul_1H11")
-    depth = _count(state, r"blocks\.(\d+)\.")
+    depth = grouped(state, r"blocks\.(\d+)\.")
     config = VARConfig.published(
         depth,
         schedule or generator_schedule(state),
@@ -196,8 +195,3 @@ def _get(state: Mapping[str, Tensor], name: str, what: str) -> Tensor:
     if name not in state:
         raise UserError(f"the VAR {what} checkpoint lacks {name}; check that it is a published VAR {what}")
     return state[name]
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many numbers the group of `pattern` takes among the names."""
-    return len({m[1] for m in (re.match(pattern, name) for name in state) if m})

@@ -22,7 +22,9 @@ from varkit.hub.fill import filled_state
 from varkit.hub.states import State
 
 FAMILIES: dict[str, str] = {
+    "infinity": "varkit.hub.verify_infinity:verify",
     "llamagen": "varkit.hub.verify_llamagen:verify",
+    "mar": "varkit.hub.verify_mar:verify",
     "var": "varkit.hub.verify_var:verify",
 }
 """Family of a case -> the function that runs it."""
@@ -99,11 +101,12 @@ class Case:
         array = torch.from_numpy(self.arrays[name])
         return array if array.is_floating_point() else array.long()
 
-    def compare(self, name: str, ours: Tensor) -> None:
-        """Compare real values: within `TOLERANCE` everywhere."""
+    def compare(self, name: str, ours: Tensor, relative: bool = False) -> None:
+        """Compare real values: within `TOLERANCE` everywhere, or within as much of their deviation."""
         theirs = self.reference(name)
         same = theirs.shape == ours.shape
         error = (ours - theirs).abs().max().item() if same else math.inf
+        error = error / theirs.std().item() if relative else error
         self._note(Row(name, "compared", ours.numel(), error, None, TOLERANCE, error <= TOLERANCE))
 
     def compare_tokens(self, name: str, ours: Tensor, gap: Tensor) -> None:

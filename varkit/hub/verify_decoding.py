@@ -6,21 +6,23 @@ the best.
 Legend: B samples, T targets, V vocabulary, L positions.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from varkit.canvases.base import Canvas
 from varkit.decode.cache.full import FullCache
-from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model, run
 from varkit.decode.state import Options, State
 from varkit.draws import Draws
+from varkit.generators.base import Condition
 from varkit.heads.base import Ask
 from varkit.hub.verify import Case
 
 
 class Forced:
-    """A picker that returns the reference's tokens (B, L), and keeps its own choice and how much theirs falls short."""
+    """A picker that returns the reference's choices (B, L, ...), and keeps its own and how much theirs fall short."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
@@ -28,7 +30,7 @@ class Forced:
         self.gap = torch.full(tokens.shape, torch.inf)
 
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
-        """Guided logits (B, T, V) -> {"ids": (B, T)}."""
+        """Guided logits (B, T, ..., V) -> {"ids": (B, T, ...)}."""
         target = ask.step.target
         given = self.tokens[:, target]
         best, self.chosen[:, target] = logits.max(dim=-1)
@@ -37,13 +39,22 @@ class Forced:
 
 
 def compare_greedy(
-    case: Case, model: Model, canvas: Canvas, labels: Tensor, null: int, guidance: Guidance
+    case: Case,
+    model: Model,
+    canvas: Canvas,
+    condition: Condition,
+    options: Options,
+    array: str = "greedy_tokens",
 ) -> None:
-    """Decode `labels` (B,) against the label `null`, compare `greedy_tokens`; the canvas ends up holding them."""
-    forced = Forced(case.reference("greedy_tokens"))
-    branches = torch.stack([labels, torch.full_like(labels, null)])
-    cache = FullCache(len(labels), branches=2, slots=model.plan.slots)
-    draws = Draws.start(0, len(labels))  # arg-max draws nothing
-    prepared = model.generator.prepare({"label": branches})
-    run(model, State.start(canvas, cache, prepared, draws, Options(combine=guidance, pick=forced)))
-    case.compare_tokens("greedy_tokens", forced.chosen, forced.gap)
+    """Decode a condition (R, B, ...) and compare an array of choices; the canvas ends up holding the reference's."""
+    forced = Forced(case.reference(array))
+    cache = FullCache(canvas.batch, branches=2, slots=model.plan.slots)
+    draws = Draws.start(0, canvas.batch)  # arg-max draws nothing
+    prepared = model.generator.prepare(condition)
+    run(model, State.start(canvas, cache, prepared, draws, replace(options, pick=forced)))
+    case.compare_tokens(array, forced.chosen, forced.gap)
+
+
+def labels_and_null(labels: Tensor, null: int) -> Condition:
+    """Labels (B,) against the label that stands for none."""
+    return {"label": torch.stack([labels, torch.full_like(labels, null)])}

@@ -9,13 +9,14 @@ from varkit.canvases.base import gather_positions
 from varkit.canvases.grid import GridCanvas
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model
+from varkit.decode.state import Options
 from varkit.errors import UserError
 from varkit.generators.llamagen import LlamaGen
 from varkit.heads.categorical import CategoricalHead
 from varkit.hub.llamagen import generator_configs, generator_from_published
 from varkit.hub.states import build_empty, load_state
 from varkit.hub.verify import Case
-from varkit.hub.verify_decoding import compare_greedy
+from varkit.hub.verify_decoding import compare_greedy, labels_and_null
 from varkit.nn.attention import Packed
 from varkit.plans.raster import RasterPlan
 
@@ -34,7 +35,8 @@ def verify(case: Case) -> None:
     _compare_training(case, plan, generator, head)
     guidance = Guidance(case.entry("cfg"))
     model = Model(plan, generator, {"main": head})
-    compare_greedy(case, model, _canvas(tokens), labels, case.entry("config", "num_classes"), guidance)
+    condition = labels_and_null(labels, case.entry("config", "num_classes"))
+    compare_greedy(case, model, _canvas(tokens), condition, Options(guidance))
 
 
 def _generator(case: Case) -> tuple[LlamaGen, CategoricalHead]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model
+from varkit.decode.state import Options
 from varkit.generators.var import VAR
 from varkit.heads.categorical import CategoricalHead
 from varkit.hub.fill import image_array
@@ -19,7 +20,7 @@ from varkit.hub.var import (
     tokenizer_from_published,
 )
 from varkit.hub.verify import Case
-from varkit.hub.verify_decoding import compare_greedy
+from varkit.hub.verify_decoding import compare_greedy, labels_and_null
 from varkit.nn.attention import Packed
 from varkit.plans.scales import ScalePlan
 from varkit.plans.schedule import Schedule
@@ -38,7 +39,8 @@ def verify(case: Case) -> None:
     guidance = Guidance(1 + case.entry("cfg"), ramp=True)
     model = Model(ScalePlan(schedule), generator, {"main": head})
     canvas = tokenizer.canvas(len(labels), schedule)
-    compare_greedy(case, model, canvas, labels, case.entry("generator", "num_classes"), guidance)
+    condition = labels_and_null(labels, case.entry("generator", "num_classes"))
+    compare_greedy(case, model, canvas, condition, Options(guidance))
     case.compare("greedy_image", _every(case, (canvas.preview() + 1) / 2, (2, 4), (3, 4)))
 
 

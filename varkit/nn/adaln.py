@@ -14,15 +14,22 @@ from varkit.nn.linear import Linear
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), Linear; (N, L, C) -> (N, L, C)."""
+    """Linear, GELU (in its tanh form, or with "none" exact), dropout, Linear; (N, L, C) -> (N, L, C).
 
-    def __init__(self, width: int, hidden: int) -> None:
+    outputs: channels that come out, if not as many as go in.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, approximate: str = "tanh", dropout: float = 0.0, outputs: int = 0
+    ) -> None:
         super().__init__()
         self.up = Linear(width, hidden)
-        self.down = Linear(hidden, width)
+        self.down = Linear(hidden, outputs or width)
+        self.approximate, self.dropout = approximate, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        h = F.gelu(self.up(x), approximate=self.approximate)
+        return self.down(F.dropout(h, self.dropout, self.training) if self.dropout else h)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:

@@ -60,23 +60,26 @@ class Packed:
         return [View(k, v, self.mask)]
 
 
-def attend(q: Tensor, views: Sequence[View], scale: float | None = None) -> Tensor:
-    """Softmax attention of q (N, H, L, E) over views -> (N, H, L, E); fewer key heads than query heads are shared."""
+def attend(q: Tensor, views: Sequence[View], scale: float | None = None, dropout: float = 0.0) -> Tensor:
+    """Softmax attention of q (N, H, L, E) over views -> (N, H, L, E); fewer key heads than query heads are shared.
+
+    dropout: that of the probabilities, in training.
+    """
     if len(views) == 1 and views[0].heads is None:
-        return _attend_view(q, views[0], scale)
+        return _attend_view(q, views[0], scale, dropout)
     out = torch.empty_like(q)
     for view in views:
         heads = slice(None) if view.heads is None else view.heads
-        out[:, heads] = _attend_view(q[:, heads], view, scale)
+        out[:, heads] = _attend_view(q[:, heads], view, scale, dropout)
     return out
 
 
-def _attend_view(q: Tensor, view: View, scale: float | None) -> Tensor:
+def _attend_view(q: Tensor, view: View, scale: float | None, dropout: float) -> Tensor:
     shared = q.shape[1] != view.k.shape[1]
-    if not shared and _slow_backward(q, view):
+    if not shared and not dropout and _slow_backward(q, view):
         return _PlainAttention.apply(q, view.k, view.v, view.mask, scale)
     return F.scaled_dot_product_attention(
-        q, view.k, view.v, attn_mask=view.mask, scale=scale, enable_gqa=shared
+        q, view.k, view.v, attn_mask=view.mask, dropout_p=dropout, scale=scale, enable_gqa=shared
     )
 
 
@@ -167,7 +170,8 @@ Rotation = Callable[[Tensor], Tensor]
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused projection, over whatever the window shows.
 
-    bias "qv" is VAR's: queries and values have one, keys none. x (N, L, C) -> (N, L, C).
+    bias "qv" is VAR's: queries and values have one, keys none; "qkv" is a ViT's. dropout: that of the probabilities.
+    x (N, L, C) -> (N, L, C).
     """
 
     def __init__(
@@ -179,15 +183,16 @@ class SelfAttention(nn.Module):
         kv_heads: int | None = None,
         bias: str = "qv",
         out_bias: bool = True,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        assert width % heads == 0 and bias in ("qv", "none")
+        assert width % heads == 0 and bias in ("qv", "qkv", "none")
         self.heads, self.kv_heads, self.head_width = heads, kv_heads or heads, width // heads
         inner = self.kv_heads * self.head_width
-        self.qkv = Linear(width, width + 2 * inner, bias=False)
+        self.qkv = Linear(width, width + 2 * inner, bias=bias == "qkv")
         self.q_bias = nn.Parameter(torch.zeros(width)) if bias == "qv" else None
         self.v_bias = nn.Parameter(torch.zeros(inner)) if bias == "qv" else None
-        self.norm, self.scale = norm, norm.scale
+        self.norm, self.scale, self.dropout = norm, norm.scale, dropout
         self.out = Linear(width, width, bias=out_bias)
 
     def forward(self, x: Tensor, window: Window, layer: int, rotate: Rotation | None = None) -> Tensor:
@@ -198,7 +203,8 @@ class SelfAttention(nn.Module):
         q, k = self.norm(q, k)
         if rotate is not None:
             q, k = rotate(q), rotate(k)
-        mixed = attend(q, window.views(layer, q, k, v), self.scale)
+        dropout = self.dropout if self.training else 0.0
+        mixed = attend(q, window.views(layer, q, k, v), self.scale, dropout)
         return self.out(mixed.transpose(1, 2).reshape(n, length, width))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,3 +239,21 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(n, length, self.heads, self.head_width).transpose(1, 2)
         mixed = attend(q, [View(k, v, mask)])
         return self.out(mixed.transpose(1, 2).reshape(n, length, width))
+
+
+class AttentivePool(nn.Module):
+    """One vector of a memory, by a learned query: memory (N, M, D), mask (N, M) -> (N, C)."""
+
+    def __init__(self, width: int, heads: int, memory_width: int) -> None:
+        super().__init__()
+        assert width % heads == 0, f"width {width} does not divide into {heads} heads"
+        self.query = nn.Parameter(torch.empty(heads, width // heads))
+        nn.init.trunc_normal_(self.query, std=(1 / (3 * width)) ** 0.5)
+        self.kv = Linear(memory_width, 2 * width)
+        self.out = Linear(width, width)
+
+    def forward(self, memory: Tensor, mask: Tensor) -> Tensor:
+        n, m, _ = memory.shape
+        k, v = self.kv(memory).view(n, m, 2, *self.query.shape).permute(2, 0, 3, 1, 4)
+        q = self.query[:, None].expand(n, -1, -1, -1)
+        return self.out(attend(q, [View(k, v, mask[:, None, None])]).flatten(1))

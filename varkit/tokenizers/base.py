@@ -12,7 +12,7 @@ from varkit.errors import UserError
 from varkit.plans.schedule import Schedule
 
 Latents = dict[str, Tensor]
-"""Named tensors with positions on dimension 1: `ids` (B, L) int64, `vectors` (B, L, D) float, ..."""
+"""Named tensors with positions on dimension 1: `ids` (B, L) int64, `bits` (B, L, D) uint8, `vectors` (B, L, D)."""
 
 
 class Tokenizer(nn.Module, ABC):
@@ -27,6 +27,10 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def encode(self, images: Tensor, schedule: Schedule | None = None) -> Latents:
         """(B, 3, H, W) in [-1, 1] -> latents over all positions of the schedule."""
+
+    def training_latents(self, images: Tensor) -> Latents:
+        """What a generator's training keeps of pictures: their latents, and whatever else its lessons may ask for."""
+        return self.encode(images)
 
     @abstractmethod
     def decode(self, latents: Latents, schedule: Schedule | None = None, levels: int | None = None) -> Tensor:

@@ -145,5 +145,10 @@ class CodebookStatistics:
         counts = self._counts(level)
         return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp().item()
 
+    def metrics(self) -> dict[str, float]:
+        """Usage and perplexity of all levels, and the perplexity of each."""
+        levels = {f"perplexity_{k}": self.perplexity(k) for k in range(len(self.schedule))}
+        return {"usage": self.usage(), "perplexity": self.perplexity(), **levels}
+
     def _counts(self, level: int | None) -> Tensor:
         return (self.counts.sum(0) if level is None else self.counts[level]).double()

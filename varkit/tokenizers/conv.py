@@ -206,9 +206,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, latent_channels, h, w) -> images (B, 3, h * stride, w * stride), not clamped."""
+    """Features (B, latent_channels, h, w) -> images (B, 3, h * stride, w * stride), not clamped.
 
-    def __init__(self, config: ConvConfig) -> None:
+    level_attention: whether the lowest level attends too, as a VQGAN's, or the middle alone.
+    """
+
+    def __init__(self, config: ConvConfig, level_attention: bool = True) -> None:
         super().__init__()
         widths = config.widths
         last = len(widths) - 1
@@ -223,7 +226,7 @@ class Decoder(nn.Module):
                 Level(
                     [before] + [width] * (config.res_blocks + 1),
                     config.groups,
-                    config.attention and i == last,
+                    config.attention and level_attention and i == last,
                     up,
                 )
             )

@@ -5,14 +5,11 @@ still missing:
 
     ids_k = nearest(area(f - f_hat_k-1)),    f_hat_k = f_hat_k-1 + phi_k(bicubic(codebook[ids_k]))
 
-so any prefix of levels decodes to a coarse picture, and f_hat is the only state there is: `accumulate`
-advances it and `next_input` reads from it what a generator is fed. All of it runs in float32 whatever the
-network around it does.
+(what levels of a residual pyramid share is in varkit/tokenizers/residual.py).
 Legend: B batch, H W image, h w latent grid, D code channels, V codes, K levels, L positions, n positions of
 a level.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,17 +20,14 @@ from torch import Tensor, nn
 
 from varkit.errors import UserError
 from varkit.plans.schedule import Schedule, Side
-from varkit.tokenizers.base import Latents, Tokenizer
-from varkit.tokenizers.codebook import Codebook
-from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder, initialize
-from varkit.tokenizers.patch import PatchEncoder, PatchEncoderConfig
+from varkit.tokenizers.codebook import Codebook, CodebookStatistics
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.tokenizers.rate import CodeRates
+from varkit.tokenizers.residual import Quantized, QuantizedTokenizer, ResidualQuantizer
 
 if TYPE_CHECKING:
     from varkit.canvases.base import Canvas
-
-Override = Callable[[int, Tensor], Tensor]
-"""(level, ids (B, n)) -> the ids (B, n) to use instead: edits, watermarks, self-correction."""
 
 
 def phi_index(level: int, levels: int, phis: int) -> int:
@@ -61,21 +55,14 @@ class Phi(nn.Conv2d):
         return (1 - self.ratio) * x + self.ratio * conv
 
 
-@dataclass
-class Quantized:
-    """The quantizer's training pass: `ids` (B, L) stand for the vectors `residuals` (B, L, D)."""
-
-    features: Tensor
-    loss: Tensor
-    ids: Tensor
-    residuals: Tensor
-
-
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(ResidualQuantizer):
     """Features (B, D, h, w) <-> ids (B, L). `phis` convolutions are shared by the levels; 0 does without.
 
     With `rates` a code's frequency counts in the choice, not only its distance.
     """
+
+    latent = "ids"
+    embedding: Codebook
 
     def __init__(
         self,
@@ -92,23 +79,18 @@ class MultiScaleQuantizer(nn.Module):
         channels = codebook.weight.shape[1]
         self.phis = nn.ModuleList(Phi(channels, phi_ratio) for _ in range(phis))
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Moves and casts as any module does, but never below float32: codes rounded to bfloat16 are other codes."""
-
-        def at_least_float32(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return t.to(moved.device) if moved.is_floating_point() and moved.element_size() < 4 else moved
-
-        return super()._apply(at_least_float32, recurse)
-
     @property
     def codebook(self) -> Tensor:
         """The codes as they are used, (V, D) float32."""
         return self.embedding.codes
 
-    def lookup(self, ids: Tensor) -> Tensor:
+    def empty(self, batch: int, positions: int) -> Tensor:
+        """Ids (B, L), all 0."""
+        return torch.zeros(batch, positions, dtype=torch.int64, device=self.codebook.device)
+
+    def lookup(self, chosen: Tensor) -> Tensor:
         """Ids (B, n) -> codes (B, n, D)."""
-        return self.embedding(ids)
+        return self.embedding(chosen)
 
     def zeros(self, batch: int, schedule: Schedule) -> Tensor:
         """f_hat before any level, (B, D, h, w)."""
@@ -133,47 +115,17 @@ class MultiScaleQuantizer(nn.Module):
         """What a generator is fed at `level`: the sum of the levels before it, (B, n, D)."""
         return self._area(f_hat, schedule.sides[level])
 
-    def encode(
-        self,
-        f: Tensor,
-        schedule: Schedule,
-        start_level: int = 0,
-        f_hat: Tensor | None = None,
-        override: Override | None = None,
-    ) -> Tensor:
-        """Features (B, D, h, w) -> ids (B, L).
+    def missing(self, rest: Tensor, level: int, schedule: Schedule) -> Tensor:
+        """What is not yet there, (B, D, h, w), at a level's grid: (B, n, D)."""
+        return self._area(rest, schedule.sides[level])
 
-        With `start_level` and the `f_hat` of the levels before it (any f_hat: sampled, edited), the ids of
-        the remaining levels, which correct towards f whatever came before.
-        """
-        f = self._check(f, schedule)
-        f_hat = self.zeros(len(f), schedule) if f_hat is None else f_hat
-        ids = []
-        for level in range(start_level, len(schedule)):
-            chosen = self.choose(self._area(f - f_hat, schedule.sides[level]), level, schedule)
-            ids.append(chosen if override is None else override(level, chosen))
-            f_hat = self.accumulate(f_hat, level, self.lookup(ids[-1]), schedule)
-        return torch.cat(ids, 1)
-
-    def features(self, ids: Tensor, schedule: Schedule, levels: int | None = None) -> Tensor:
-        """Ids (B, L), or a prefix that covers `levels` -> f_hat (B, D, h, w)."""
-        levels = len(schedule) if levels is None else levels
-        if not 0 <= levels <= len(schedule):
-            raise UserError(f"levels is {levels}; the schedule {schedule.sides} has 0 to {len(schedule)}")
-        if ids.shape[1] < schedule.offsets[levels]:
-            raise UserError(
-                f"{ids.shape[1]} ids do not fill the first {levels} levels of {schedule.sides}, which take "
-                f"{schedule.offsets[levels]}; give the schedule they were encoded with, or fewer levels"
-            )
-        f_hat = self.zeros(len(ids), schedule)
-        for level in range(levels):
-            level_ids = ids[:, schedule.offsets[level] : schedule.offsets[level + 1]]
-            f_hat = self.accumulate(f_hat, level, self.lookup(level_ids), schedule)
-        return f_hat
+    def statistics(self, schedule: Schedule) -> CodebookStatistics:
+        """An empty count of codes."""
+        return CodebookStatistics(len(self.codebook), schedule)
 
     def forward(self, f: Tensor, schedule: Schedule) -> Quantized:
         """Quantise for training: gradients pass straight through to f; codes and phis learn from the loss."""
-        f = self._check(f, schedule)
+        f = self.check(f, schedule)
         target = f.detach()
         f_hat = self.zeros(len(f), schedule)
         loss = f.new_zeros(())
@@ -190,7 +142,7 @@ class MultiScaleQuantizer(nn.Module):
         return Quantized(
             features=f + (f_hat - f).detach(),
             loss=loss / len(schedule),
-            ids=torch.cat(ids, 1),
+            chosen=torch.cat(ids, 1),
             residuals=torch.cat(residuals, 1),
         )
 
@@ -200,7 +152,7 @@ class MultiScaleQuantizer(nn.Module):
 
         Level by level, each with the codes drawn so far, so that fine levels start from true residuals.
         """
-        f = self._check(f, schedule)
+        f = self.check(f, schedule)
         f_hat = self.zeros(len(f), schedule)
         weight = self.embedding.weight
         ends = [len(weight) * offset // schedule.total for offset in schedule.offsets]
@@ -219,89 +171,6 @@ class MultiScaleQuantizer(nn.Module):
         if tuple(f.shape[2:]) != side:
             f = F.interpolate(f, side, mode="area")
         return f.flatten(2).mT
-
-    def _check(self, f: Tensor, schedule: Schedule) -> Tensor:
-        if tuple(f.shape[2:]) != schedule.last:
-            raise UserError(
-                f"features on a {tuple(f.shape[2:])} grid do not fit the schedule's finest, {schedule.last}; "
-                f"give a schedule that ends with {tuple(f.shape[2:])}"
-            )
-        return f.to(self.codebook.dtype)
-
-
-class QuantizedTokenizer(Tokenizer):
-    """Encoder and convolutional decoder around a quantizer; what multi-scale and single-scale VQ share.
-
-    kernel: that of the convolutions between features and codes. encoder: convolutional by default.
-    """
-
-    def __init__(
-        self,
-        conv: ConvConfig,
-        quantizer: MultiScaleQuantizer,
-        schedule: Schedule,
-        kernel: int,
-        encoder: PatchEncoderConfig | None = None,
-    ) -> None:
-        super().__init__()
-        channels = quantizer.codebook.shape[1]
-        self.stride = conv.stride
-        self.schedule = schedule
-        self.quantizer = quantizer
-        self.encoder: Encoder | PatchEncoder = (
-            Encoder(conv) if encoder is None else PatchEncoder(encoder, conv.stride, conv.latent_channels)
-        )
-        looks = kernel if encoder is None else 1  # past a patch-wise encoder nothing may mix patches either
-        self.quant_conv = nn.Conv2d(conv.latent_channels, channels, looks, padding=looks // 2)
-        self.post_quant_conv = nn.Conv2d(channels, conv.latent_channels, kernel, padding=kernel // 2)
-        self.decoder = Decoder(conv)
-        for part in (self.encoder, self.quant_conv, self.post_quant_conv, self.decoder):
-            part.apply(initialize)
-
-    def encode_features(self, images: Tensor, schedule: Schedule | None = None) -> Tensor:
-        """Images (B, 3, H, W) -> f (B, D, h, w) float32, not quantised."""
-        self.check_images(images, schedule)
-        f = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
-        return f.to(self.quantizer.codebook.dtype)
-
-    def decode_features(self, f_hat: Tensor) -> Tensor:
-        """f_hat (B, D, h, w) -> images (B, 3, h * stride, w * stride) float32 clamped to [-1, 1]."""
-        return self.reconstruct(f_hat).clamp(-1, 1)
-
-    def reconstruct(self, f_hat: Tensor) -> Tensor:
-        """`decode_features` before the clamp, which has no gradient outside [-1, 1]."""
-        return self.decoder(self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))).float()
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, schedule: Schedule | None = None) -> Latents:
-        return {
-            "ids": self.quantizer.encode(self.encode_features(images, schedule), schedule or self.schedule)
-        }
-
-    @torch.no_grad()
-    def decode(self, latents: Latents, schedule: Schedule | None = None, levels: int | None = None) -> Tensor:
-        return self.decode_features(
-            self.quantizer.features(latents["ids"], schedule or self.schedule, levels)
-        )
-
-    def training_forward(self, images: Tensor, schedule: Schedule | None = None) -> dict[str, Tensor]:
-        """Images -> what the losses and the codebook's keeper need.
-
-        `reconstruction` (B, 3, H, W) not clamped, `vq_loss` (), `ids` (B, L), and `residuals` (B, L, D), the
-        vectors that the ids stand for.
-        """
-        quantized = self.quantizer(self.encode_features(images, schedule), schedule or self.schedule)
-        return {
-            "reconstruction": self.reconstruct(quantized.features),
-            "vq_loss": quantized.loss,
-            "ids": quantized.ids,
-            "residuals": quantized.residuals,
-        }
-
-    @torch.no_grad()
-    def initialize_codebook(self, images: Tensor, generator: torch.Generator) -> None:
-        """Start the codes from the features of `images` (B, 3, H, W), before training."""
-        self.quantizer.initialize_codebook(self.encode_features(images), self.schedule, generator)
 
 
 @dataclass(frozen=True)
@@ -345,6 +214,8 @@ class MultiScaleVQConfig:
 class MultiScaleVQ(QuantizedTokenizer):
     """VAR's tokenizer: images <-> ids (B, L) over a pyramid."""
 
+    quantizer: MultiScaleQuantizer
+
     def __init__(self, config: MultiScaleVQConfig) -> None:
         schedule = Schedule.parse(config.schedule)
         quantizer = MultiScaleQuantizer(
@@ -354,7 +225,9 @@ class MultiScaleVQ(QuantizedTokenizer):
             beta=config.beta,
             rates=CodeRates(len(schedule), config.vocab_size, config.rate) if config.rate else None,
         )
-        super().__init__(config.conv, quantizer, schedule, kernel=3, encoder=config.encoder)
+        super().__init__(
+            config.conv, quantizer, schedule, config.code_channels, kernel=3, encoder=config.encoder
+        )
         self.config = config
 
     def canvas(self, batch: int, schedule: Schedule | None = None) -> "Canvas":

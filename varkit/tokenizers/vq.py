@@ -16,7 +16,8 @@ from varkit.errors import UserError
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.codebook import Codebook
 from varkit.tokenizers.conv import ConvConfig
-from varkit.tokenizers.multiscale_vq import MultiScaleQuantizer, QuantizedTokenizer
+from varkit.tokenizers.multiscale_vq import MultiScaleQuantizer
+from varkit.tokenizers.residual import QuantizedTokenizer
 
 if TYPE_CHECKING:
     from varkit.canvases.base import Canvas
@@ -49,10 +50,12 @@ class VQConfig:
 class VQ(QuantizedTokenizer):
     """Images <-> ids (B, L) over one grid."""
 
+    quantizer: MultiScaleQuantizer
+
     def __init__(self, config: VQConfig) -> None:
         codebook = Codebook(config.vocab_size, config.code_channels, config.normalize)
         quantizer = MultiScaleQuantizer(codebook, phis=0, beta=config.beta)
-        super().__init__(config.conv, quantizer, Schedule.of(config.grid), kernel=1)
+        super().__init__(config.conv, quantizer, Schedule.of(config.grid), config.code_channels, kernel=1)
         self.config = config
 
     def encode_features(self, images: Tensor, schedule: Schedule | None = None) -> Tensor:

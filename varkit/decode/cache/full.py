@@ -185,9 +185,11 @@ class FullCache(Cache):
         past = torch.ones(*own.shape[:-1], a, dtype=torch.bool)
         return self._per_branch(torch.cat([past, own], dim=-1))
 
-    def _general_mask(self, step: Step) -> Tensor:
-        """(N or 1, 1, L, held + L) bool over storage then own slots."""
+    def _general_mask(self, step: Step) -> Tensor | None:
+        """(N or 1, 1, L, held + L) bool over storage then own slots; None where there is nothing to hide."""
         length, held = len(step.feed), self._held
+        if not step.writes and held == 0 and step.sees.own_mask(length) is None and step.feed.valid is None:
+            return None
         past = (self.written_at[:, :held] >= 0)[:, None]  # (B, 1, held)
         allowed = step.sees.past_mask(torch.arange(held)) if not step.sees.whole_past else None
         if allowed is not None:

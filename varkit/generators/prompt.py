@@ -1,0 +1,88 @@
+"""Infinity's reading of a prompt (arXiv 2412.04431): features of a text encoder, pooled and projected.
+
+    vector = pool(norm(t)),    memory = Linear(gelu(Linear(norm(t))))
+
+The vector, from attention by one learned query, is the start token and steers every block; blocks attend to the memory.
+Features are those of a large encoder (flan-t5-xl), computed beforehand, or of the small one trained with the generator.
+Legend: N rows, T text length, D features of the encoder, C width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varkit.errors import UserError
+from varkit.generators.conditioning import Conditioner, empty_prompt
+from varkit.generators.text import TextConfig, TextEncoder
+from varkit.nn.adaln import FeedForward
+from varkit.nn.attention import AttentivePool
+
+
+@dataclass(frozen=True)
+class TextFeaturesConfig:
+    """Features from outside, (N, T, width), of prompts of up to `length` tokens. The defaults are flan-t5-xl's."""
+
+    width: int = 2048
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("width", "length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"text {name} is {getattr(self, name)}; it must be at least 1")
+
+    def encode(self, prompts: list[str], tight: bool = False) -> Tensor:
+        """Words alone do not do: their features have to be given."""
+        raise UserError(
+            f"prompt {prompts[0][:60]!r} cannot be read: this model takes features of {self.width} channels from a "
+            "text encoder, not words; compute them and give `Pipeline.start_from` "
+            '{"features": (1, B, T, ' + str(self.width) + '), "mask": (1, B, T)}'
+        )
+
+
+class PromptCondition(Conditioner):
+    """{"features": (N, T, D), "mask": (N, T) bool} or {"text": (N, T)} -> vector (N, C), memory (N, T, C), mask (N, T).
+
+    Features that ask for nothing are learned, one vector a place, as many as the prompt had; words, the empty prompt.
+    """
+
+    def __init__(self, config: TextConfig | TextFeaturesConfig, width: int) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(config) if isinstance(config, TextConfig) else None
+        self.null_features = None
+        if isinstance(config, TextFeaturesConfig):
+            self.null_features = nn.Parameter(torch.empty(config.length, config.width))
+            nn.init.trunc_normal_(self.null_features, std=1.2 / config.width**0.5)
+        self.memory_width = width
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.pool = AttentivePool(width, pool_heads(config.width, width), config.width)
+        self.project = FeedForward(config.width, width, outputs=width)
+
+    def forward(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.encoder is not None:
+            features, mask, _ = self.encoder(condition["text"])
+        else:
+            features, mask = condition["features"].to(self.norm.weight.dtype), condition["mask"]
+        normed = self.norm(features)
+        return self.pool(normed, mask), self.project(normed), mask
+
+    def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.null_features is None:
+            return {"text": empty_prompt(condition["text"])}
+        features = condition["features"]
+        if features.shape[-2] > len(self.null_features):
+            raise UserError(
+                f"a prompt of {features.shape[-2]} tokens is too long; this model reads up to {len(self.null_features)}"
+            )
+        empty = self.null_features[: features.shape[-2]].to(features.dtype).expand_as(features)
+        return {"features": empty, "mask": condition["mask"]}
+
+    def initialise(self) -> None:
+        """The encoder starts by its own width."""
+        if self.encoder is not None:
+            self.encoder.initialise()
+
+
+def pool_heads(features: int, width: int) -> int:
+    """Heads of the pooling query, as published: one for each 128 features, or 64 in models wider than 4096."""
+    return max(1, features // (64 if width > 4096 else 128))

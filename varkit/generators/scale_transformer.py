@@ -1,0 +1,135 @@
+"""The transformer that next-scale generators share: AdaLN blocks over whole maps of codes (VAR, arXiv 2404.02905).
+
+What is fed at a scale is a map of code vectors, embedded; the first scale shows nothing and holds start tokens made of
+the condition. Every block is modulated by the condition's vector and, where there is one, attends to its memory. A
+subclass says how a slot knows where it stands.
+Legend: R branches, B samples, N = R x B, L slots, C width, K levels, M prompt length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
+from varkit.generators.conditioning import Conditioner
+from varkit.nn.adaln import AdaLNBlock, BlockConfig, modulate
+from varkit.nn.attention import Rotation, Window
+from varkit.nn.linear import Linear
+from varkit.nn.ports import Ports, port_at, through
+from varkit.plans.step import Step
+
+
+class ScaleTransformer(Generator):
+    """`forward` takes {"vectors": (B, L, code_width)} and returns (N, L, C).
+
+    starts: tokens of the first scale. levels: scales that have an embedding.
+    """
+
+    def __init__(
+        self, conditioner: Conditioner, block: BlockConfig, depth: int, code_width: int, starts: int, levels: int,
+        drop_path: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.width, self.depth, self.eps = block.width, depth, block.norm_eps
+        width = block.width
+        self.conditioner = conditioner
+        self.embed = Linear(code_width, width)
+        self.start = nn.Parameter(torch.empty(starts, width))
+        self.level = nn.Embedding(levels, width)
+        self.shared_modulation = Linear(width, 6 * width) if block.shared_modulation else None
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(block, width, r) for r in rates)  # type: ignore[assignment]
+        self.final_modulation = Linear(width, 2 * width)
+
+    def place(self, ids: Tensor, level: Tensor) -> Tensor:
+        """What is added to embedded codes at slots `ids` of scales `level`, both (L,) or (N, L) -> (..., L, C)."""
+        return self.level(level)
+
+    def rotation(self, step: Step, branches: int, device: torch.device) -> Rotation | None:
+        """How attention turns queries and keys, if it does."""
+        return None
+
+    def prepare(self, condition: Condition) -> Prepared:
+        branches, batch = next(iter(condition.values())).shape[:2]
+        vector, memory, mask = self.conditioner({k: v.flatten(0, 1) for k, v in condition.items()})
+        shared = None
+        if self.shared_modulation is not None:
+            shared = self.shared_modulation(F.silu(vector)).unflatten(-1, (6, -1))
+        prepared = {
+            "start": vector,
+            "modulation": torch.stack([b.vectors(vector, shared) for b in self.blocks], dim=1),
+            "final": self.final_modulation(F.silu(vector)).unflatten(-1, (2, -1)),
+        }
+        if memory is not None and mask is not None:
+            pairs = [b.cross.project(memory) for b in self.blocks]
+            prepared["memory_k"] = torch.stack([k for k, _ in pairs], dim=1)
+            prepared["memory_v"] = torch.stack([v for _, v in pairs], dim=1)
+            prepared["memory_mask"] = mask[:, None, None]
+        return {k: v.unflatten(0, (branches, batch)) for k, v in prepared.items()}
+
+    def forward(
+        self,
+        fed: dict[str, Tensor],
+        step: Step,
+        prepared: Prepared,
+        window: Window,
+        ports: Ports | None = None,
+    ) -> Tensor:
+        flat = {k: v.flatten(0, 1) for k, v in prepared.items()}
+        h = self._embed(fed["vectors"], step, flat["start"])
+        h = through(ports, "input", 0, h, step, prepared)
+        rotate = self.rotation(step, len(h) // len(fed["vectors"]), h.device)
+        for layer, block in enumerate(self.blocks):
+            memory = None
+            if "memory_k" in flat:
+                memory = (flat["memory_k"][:, layer], flat["memory_v"][:, layer], flat["memory_mask"])
+            port = port_at(ports, "attention", layer, step, prepared)
+            h = block(h, flat["modulation"][:, layer], window, layer, memory, rotate, port)
+            h = through(ports, "block", layer, h, step, prepared)
+        scale, shift = flat["final"].split(1, dim=1)
+        return through(ports, "output", 0, modulate(h, scale, shift, self.eps), step, prepared)
+
+    def _embed(self, vectors: Tensor, step: Step, start: Tensor) -> Tensor:
+        """(B, L, D) -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
+        branches, device = start.shape[0] // vectors.shape[0], self.start.device
+        starts = bool((step.feed.shows < 0).any())
+        ids, level, shows = (
+            per_row(t, 1, branches).to(device)
+            for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
+        )
+        h = rows(self.embed(vectors.to(self.embed.weight.dtype)), branches)
+        if starts:
+            first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]
+            h = torch.where((shows < 0)[..., None], first, h)
+        return h + self.place(ids, level)
+
+    @torch.no_grad()
+    def initialise(self, gate: float, modulation: float = 0.5) -> None:
+        """Truncated normal of std sqrt(1 / 3C); projections into the residual over sqrt(2 depth).
+
+        The modulation's rows that gate residual branches are multiplied by `gate` (the paper's alng), its others by
+        `modulation`. Without this, deep models stall.
+        """
+        width = self.width
+        std = (1 / (3 * width)) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.conditioner.initialise()
+        nn.init.trunc_normal_(self.start, std=std)
+        self.final_modulation.weight.mul_(modulation)
+        for block in self.blocks:
+            if block.shared:
+                block.modulation_offset[2:].mul_(modulation)
+                block.modulation_offset[:2].mul_(gate)
+            else:
+                block.modulation.weight[2 * width :].mul_(modulation)
+                block.modulation.weight[: 2 * width].mul_(gate)
+            block.attention.out.weight.div_((2 * self.depth) ** 0.5)
+            block.ffn.down.weight.div_((2 * self.depth) ** 0.5)
+            if hasattr(block, "cross"):
+                block.cross.out.weight.div_((2 * self.depth) ** 0.5)

@@ -1,0 +1,100 @@
+"""Published Infinity checkpoints as a whole pipeline and back; `varkit.hub.published` decides which files are these.
+
+The shapes do not tell how many pixels a generator was trained for last, nor its sampling: released models of 2B on make
+up to 1M pixels, smaller ones 0.06M, and both may be asked for other sizes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varkit.errors import UserError
+from varkit.generators.infinity import SIZES, InfinityConfig
+from varkit.generators.prompt import TextFeaturesConfig
+from varkit.hub import infinity
+from varkit.hub.keymap import check_told
+from varkit.hub.pipeline import Pipeline, Settings
+from varkit.hub.states import State, build_empty, load_state
+from varkit.plans.ratios import scales
+from varkit.tokenizers.bitwise import BitwiseConfig
+
+SETTINGS = Settings(guidance=4.0, temperature=0.5, top_p=0.97)
+"""Published sampling; cfg c + (1 - cfg) u is u + s (c - u). The 8B model has guidance 3 and temperature 1."""
+
+LARGE = 2048
+"""Width from which released models make 1M pixels."""
+
+
+def pipeline(
+    generator: Mapping[str, Tensor], tokenizer: Mapping[str, Tensor], about: dict[str, Any]
+) -> Pipeline:
+    """The parts of a published generator and tokenizer."""
+    config, head = infinity.generator_configs(generator)
+    plan = scales(1.0, "1M" if config.width >= LARGE else "0.06M")
+    told = infinity.tokenizer_config(tokenizer, plan.schedule)
+    told = replace(told, patch=_patch(config.code_width, told.token_bits))
+    configs: dict[str, Any] = {"tokenizer": told, "generator": config, "head": head, "plan": plan}
+    parts = {name: build_empty(part.build) for name, part in configs.items()}
+    weights = dict(zip(("generator", "head"), infinity.generator_from_published(generator), strict=True))
+    weights["tokenizer"] = infinity.tokenizer_from_published(tokenizer, told)
+    for name, state in weights.items():
+        load_state(parts[name], state, f"the {name}")
+    patched = replace(SETTINGS, guidance=3.0, temperature=1.0)
+    return Pipeline(parts, configs, SETTINGS if told.patch == 1 else patched, about)
+
+
+def files(pipeline: Pipeline) -> dict[str, tuple[State, tuple[str, ...]]]:
+    """What is published of a pipeline: {file: (state, the names that it has in the file)}.
+
+    Raises `UserError` for a model that the published layout cannot express.
+    """
+    own, head, tokenizer = (pipeline.configs[name] for name in ("generator", "head", "tokenizer"))
+    if not isinstance(tokenizer, BitwiseConfig) or not isinstance(own.condition, TextFeaturesConfig):
+        kinds = f"{type(tokenizer).__name__}, {type(own.condition).__name__}"
+        raise UserError(
+            f"only Infinity models of text features over a bitwise tokenizer have a published layout, not {kinds}"
+        )
+    state = {
+        name: part.state_dict() for name, part in pipeline.parts.items() if isinstance(part, torch.nn.Module)
+    }
+    name, chunks = _name(own)
+    generator = infinity.generator_to_published(state["generator"], state["head"], chunks)
+    autoencoder = infinity.tokenizer_to_published(state["tokenizer"], tokenizer)
+    told, told_head = infinity.generator_configs(generator)
+    trained = {name: getattr(own, name) for name in ("drop_path", "gate_init", "modulation_init")}
+    check_told("generator", own, replace(told, **trained))
+    check_told("head", head, replace(told_head, init_scale=head.init_scale))
+    told_tokenizer = infinity.tokenizer_config(autoencoder, tokenizer.schedule, tokenizer.patch)
+    check_told("tokenizer's convolutions", tokenizer.conv, told_tokenizer.conv)
+    weighed = {name: getattr(tokenizer, name) for name in ("entropy", "commitment")}
+    check_told("tokenizer", tokenizer, replace(told_tokenizer, **weighed))
+    return {_tokenizer_name(tokenizer): (autoencoder, ("vae",)), f"infinity_{name}.pth": (generator, ())}
+
+
+def _patch(token_bits: int, bits: int) -> int:
+    patch = math.isqrt(token_bits // bits)
+    if patch**2 * bits != token_bits:
+        raise UserError(
+            f"the tokenizer's codes have {bits} bits and the generator's tokens {token_bits}; give the tokenizer that "
+            "the generator was trained with"
+        )
+    return patch
+
+
+def _name(config: InfinityConfig) -> tuple[str, int]:
+    """A generator's name, and the chunks that its blocks are published in."""
+    known = {(depth, width): name for name, (depth, width, _, _) in SIZES.items()}
+    name = known.get((config.depth, config.width), f"layer{config.depth}")
+    chunks = 4 if name.startswith("layer") else 8
+    return name, chunks if config.depth % chunks == 0 else 1
+
+
+def _tokenizer_name(config: BitwiseConfig) -> str:
+    bits = config.conv.latent_channels
+    if config.patch == 1:
+        return f"infinity_vae_d{bits}.pth"
+    return f"infinity_vae_d{config.token_bits}_f{config.conv.stride}_{bits}_patchify.pth"
