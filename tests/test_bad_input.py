@@ -310,9 +310,9 @@ def test_folders_of_other_things_are_not_trained_in(fails: Fails, here: Path) ->
     assert "is not a training's folder" in fails("train", "digits", "--out", "run", "--resume")
     (here / "run" / "request.json").write_text("{")
     assert "'run/request.json' is damaged" in fails("train", "digits", "--out", "run", "--resume")
-    (here / "run" / "request.json").write_text('{"recipe": "scenes", "steps": 3}')
+    (here / "run" / "request.json").write_text('{"recipe": "scenes", "seed": 3}')
     line = fails("train", "digits", "--out", "run", "--resume")
-    assert "recipe (was 'scenes', now 'digits'), steps (was 3, now None)" in line
+    assert "recipe (was 'scenes', now 'digits'), seed (was 3, now 0)" in line
 
 
 def pictures(folder: Path, count: int, caption: str = "a {} square") -> Path:

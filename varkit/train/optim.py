@@ -11,7 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-TABLES = {"position", "level", "start", "log_scale", "modulation_offset", "embedding"}
+TABLES = {
+    "position", "level", "start", "log_scale", "modulation_offset", "embedding", "query", "null_features",
+}  # fmt: skip
 WARMUP_FROM = 0.005
 DECAY_SHARE = 0.2
 """Of a `wsd` run (warm-up, stable, decay; arXiv 2404.06395): such a run can be made longer while it is stable."""

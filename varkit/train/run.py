@@ -217,7 +217,7 @@ def _train_tokenizer(
         _stage(polish, request.apply(part.decoder, decoder_share), root / "decoder")
         averaged = load_run(root / "decoder")
         tokenizer.decoder.load_state_dict(averaged["decoder"])
-        tokenizer.post_quant_conv.load_state_dict(averaged["post_quant_conv"])
+        tokenizer.post_quant_conv.load_state_dict(averaged.get("post_quant_conv", {}))
     return tokenizer
 
 
