@@ -13,7 +13,9 @@ from varkit.generators.conditioning import ClassConfig
 from varkit.generators.pixelcnn import PixelCNNConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.pixels import PixelsConfig
+from varkit.tokenizers.vq import VQConfig
 from varkit.train.recipes import GeneratorRecipe, Recipe, TokenizerRecipe, digits, digits_raster
 from varkit.train.task import TrainConfig
 
@@ -43,7 +45,7 @@ def pixels() -> Recipe:
 def smaller(recipe: Recipe) -> Recipe:
     """A recipe of digits at 16 x 16, the grid of tokens as before, in half the time."""
     tokenizer, generator = recipe.tokenizer, recipe.generator
-    assert tokenizer.train is not None
+    assert tokenizer.train is not None and isinstance(tokenizer.config, MultiScaleVQConfig | VQConfig)
     return replace(
         recipe,
         name=f"{recipe.name}-16",

@@ -13,13 +13,17 @@ from varkit.data.folder import ImageFolder
 from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
 from varkit.generators.conditioning import ClassConfig
+from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.mar import MARConfig
 from varkit.generators.pixelcnn import PixelCNNConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
 from varkit.plans.schedule import Side
+from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.tokenizers.pixels import PixelsConfig
@@ -37,7 +41,7 @@ class TokenizerRecipe:
     decoder: how its decoder goes on alone afterwards, for the squared error; with `--minutes`, a fifth of the share.
     """
 
-    config: MultiScaleVQConfig | VQConfig | PixelsConfig
+    config: MultiScaleVQConfig | VQConfig | BitwiseConfig | KLConfig | PixelsConfig
     train: TrainConfig | None
     loss: TokenizerLossConfig = TokenizerLossConfig()
     batch_size: int = 32
@@ -54,7 +58,7 @@ class GeneratorRecipe:
     parts: configurations in place of the head or plan that the generator has by default, by name.
     """
 
-    config: VARConfig | LlamaGenConfig | PixelCNNConfig
+    config: VARConfig | LlamaGenConfig | InfinityConfig | MARConfig | PixelCNNConfig
     train: TrainConfig
     batch_size: int = 64
     pictures: int = 4096

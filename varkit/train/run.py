@@ -22,8 +22,11 @@ from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
 from varkit.pictures import grid
 from varkit.ranks import current
+from varkit.tokenizers.bitwise import Bitwise
+from varkit.tokenizers.kl import KL
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 from varkit.tokenizers.pixels import Pixels
+from varkit.tokenizers.residual import QuantizedTokenizer
 from varkit.tokenizers.vq import VQ
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.lessons import WholePlan
@@ -35,7 +38,7 @@ from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens, encode
 
 Say = Callable[[str], None]
-AnyTokenizer = MultiScaleVQ | VQ | Pixels
+AnyTokenizer = MultiScaleVQ | VQ | Bitwise | KL | Pixels
 HELD_OUT = 512
 
 
@@ -212,6 +215,7 @@ def _train_tokenizer(
     _stage(task, request.apply(part.train, share - decoder_share), root / "tokenizer")
     tokenizer.load_state_dict(load_run(root / "tokenizer")["tokenizer"])
     if part.decoder is not None:
+        assert isinstance(tokenizer, QuantizedTokenizer), "only decoders of quantised features go on alone"
         say("training its decoder further")
         polish = DecoderTask(tokenizer, dataset, batch_size, settings, request.seed)
         _stage(polish, request.apply(part.decoder, decoder_share), root / "decoder")
