@@ -1,6 +1,7 @@
 """Speed of a training step of VAR (arXiv 2404.02905): ours, the published one's, and the machine's limit.
 
-    python benchmarks/train_step.py [--dtype float32|bfloat16|both] [--compile] [--published DIR] [--rounds N]
+    python benchmarks/train_step.py [--dtype float32|bfloat16|both] [--compile] [--returned] [--published DIR]
+        [--rounds N]
 
 One step is everything the trainer does with a batch of tokens but logging: inputs from tokens, forward, backward,
 clipping, AdamW; ours also averages the weights and cares for non-finite steps. DIR is a checkout of
@@ -89,6 +90,8 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     makers: dict[str, Callable[[], Step]] = {"ours": partial(ours, dtype)}
     if options.compile:
         makers["compiled"] = partial(ours, dtype, compiled=True)
+    if options.returned:
+        makers["returned"] = partial(ours, dtype, kept=False)
     if options.published is not None:
         makers["published"] = partial(published, options.published, dtype)
     log(f"{dtype}: {options.rounds} rounds of {', '.join(makers)}")
@@ -132,11 +135,13 @@ def alternate(makers: dict[str, Callable[[], Step]], rounds: int, warm: int = 2)
         for name, line in lines.items():
             line.send(True)
             times[name].append(line.recv())
+    for line in lines.values():
+        line.send(False)
     return {name: statistics.median(values[warm:]) for name, values in times.items()}
 
 
 def _serve(line: Connection, make: Callable[[], Step]) -> None:
-    """Take a step, and tell its seconds, whenever asked."""
+    """Take a step, and tell its seconds, whenever asked, until told that it was the last."""
     step = make()
     while line.recv():
         start = time.perf_counter()
@@ -154,9 +159,10 @@ def tokens() -> Tokens:
     return Tokens({"ids": ids}, rng.integers(0, CLASSES, PICTURES))
 
 
-def ours(dtype: str, compiled: bool = False) -> Step:
-    """The trainer's step on a generator over tokens."""
-    keep_freed_memory()
+def ours(dtype: str, compiled: bool = False, kept: bool = True) -> Step:
+    """The trainer's step on a generator over tokens; freed memory is kept as in our training, or returned."""
+    if kept:
+        keep_freed_memory()
     torch.manual_seed(0)
     conv = ConvConfig(
         channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=CODE_WIDTH, attention=False
@@ -283,7 +289,7 @@ def _fastest(call: Callable[[], Any], tries: int = 5) -> float:
 def _table(results: dict[str, dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = []
     for dtype, result in results.items():
-        for name in ("ours", "compiled", "published"):
+        for name in ("ours", "compiled", "returned", "published"):
             if name in result:
                 found = result[name]
                 speed, rate = found["pictures_per_second"], found["gflops_per_second"]
@@ -299,6 +305,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--compile", action="store_true", help="measure our compiled step too")
+    parser.add_argument(
+        "--returned",
+        action="store_true",
+        help="measure our step too where freed memory returns to the system",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--published", type=Path, help="a checkout of FoundationVision/VAR")
     parser.add_argument("--json-only", action="store_true")

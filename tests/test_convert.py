@@ -19,7 +19,8 @@ from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.hub import var
 from varkit.hub.pipeline import Pipeline, load
-from varkit.hub.published import SETTINGS, pipeline_from_published, save_published
+from varkit.hub.published import pipeline_from_published, save_published
+from varkit.hub.published_var import SETTINGS
 from varkit.hub.states import build_empty
 
 class_model, text_model = models.class_model, models.text_model

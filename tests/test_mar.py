@@ -246,7 +246,7 @@ def test_it_learns_through_the_one_trainer_and_a_pipeline_draws(dtype: str, tmp_
     parts = {name: getattr(case, name).build() for name in ("tokenizer", "generator", "head", "plan")}
     tokens = paired_tokens()
     task = NextStepTask(
-        Forced(**parts), tokens, tokens, 16, {}, lessons=MaskedLessons(parts["tokenizer"], parts["plan"])
+        Forced(**parts, lessons=MaskedLessons(parts["tokenizer"], parts["plan"])), tokens, tokens, 16, {}
     )
     before = task.validate()
     assert set(before) == {"loss"} and task.validate() == before
@@ -301,9 +301,7 @@ def test_the_diffusion_head_keeps_modes_that_regression_averages(tmp_path: Path)
             else Regression(32, 2)
         )
         lessons = MaskedLessons(tokenizer, plan, least=0.3)
-        task = NextStepTask(
-            Forced(tokenizer, generator, head, plan), tokens, tokens, 128, {}, lessons=lessons
-        )
+        task = NextStepTask(Forced(tokenizer, generator, head, plan, lessons), tokens, tokens, 128, {})
         settings = TrainConfig(steps=1500, lr=3e-3, ema=0.99, validate_every=10_000, checkpoint_every=10_000)
         train(task, settings, tmp_path / name, quiet=True)
         averaged = load_run(tmp_path / name)

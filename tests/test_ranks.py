@@ -1,36 +1,23 @@
 """Training by several real processes equals training by one, also when their number changes on the way."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.launch import launch
 from varkit.errors import UserError
 from varkit.ranks import Ranks
 from varkit.train.loop import load_run
 from varkit.train.run import Request
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = ["-m", "tests.programs.train_ranks"]
+PROGRAM = "tests.programs.train_ranks"
 
 
 def run(folder: Path, ranks: int, *stop: int) -> None:
     """The program, by `ranks` processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), *PROGRAM, str(folder), *map(str, stop)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(ranks, PROGRAM, folder, *stop)
 
 
 def losses(folder: Path) -> list[float]:

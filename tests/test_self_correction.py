@@ -149,8 +149,8 @@ def toy_task(strongest: float) -> tuple[NextStepTask, Model]:
     lessons = SelfCorrection(tokenizer, plan, strongest)
     tokens = toy_tokens()
     task = NextStepTask(
-        Forced(tokenizer, generator, head, plan), tokens, tokens, batch_size=16,
-        recipe={"lessons": lessons.settings}, lessons=lessons,
+        Forced(tokenizer, generator, head, plan, lessons), tokens, tokens, batch_size=16,
+        recipe={"lessons": lessons.settings},
     )  # fmt: skip
     return task, Model(plan, generator, {"main": head})
 

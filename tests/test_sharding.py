@@ -5,9 +5,7 @@ runs of one process. All that two of them have to do is done in one go, because 
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.contracts import CASES, true_latents
+from tests.launch import launch
 from varkit.errors import UserError
 from varkit.hub.pipeline import Settings
 from varkit.pictures import grid
@@ -29,7 +28,6 @@ from varkit.train.sharding import check_shardable
 from varkit.train.task import Phase, TrainConfig
 from varkit.train.tokens import Tokens
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = TrainConfig(steps=10, lr=3e-3, accumulation=2, log_every=1, checkpoint_every=5, validate_every=5)
 SHORT = replace(CONFIG, steps=3)
 CONFIGS = {
@@ -115,16 +113,7 @@ def run_all(root: Path, cases: list[str]) -> None:
     for case in cases:
         go(case, root / case / "alone")
     torch.set_num_threads(threads)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.test_sharding", str(root), *cases],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = launch(2, "tests.test_sharding", root, *cases)
     assert "Warning" not in done.stderr, done.stderr
 
 

@@ -1,18 +1,15 @@
 """Drawing shared among processes or machines gives the pictures of one, byte for byte."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import models
+from tests.launch import launch
 from varkit.cli.main import main
 
 class_model = models.class_model
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def drawn(folder: Path) -> dict[str, bytes]:
@@ -81,15 +78,8 @@ def test_two_processes_evaluate_as_one(tmp_path: Path):
 
     def evaluate(ranks: int) -> tuple[dict, bytes]:
         sheet = tmp_path / f"sheet{ranks}.png"
-        # After --, or torchrun would take --n for one of its own options.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--"]
-        command = [sys.executable, *(torchrun if ranks > 1 else ["-m"]), "varkit", "evaluate", "scenes"]
-        options = ["--suite", "scenes", "--n", "48", "--json", "--sheet", str(sheet)]
-        done = subprocess.run(
-            [*command, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+        options = ("--suite", "scenes", "--n", 48, "--json", "--sheet", sheet)
+        done = launch(ranks, "varkit", "evaluate", "scenes", *options)
         return json.loads(done.stdout), sheet.read_bytes()
 
     assert evaluate(2) == evaluate(1)

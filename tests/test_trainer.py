@@ -690,6 +690,17 @@ def test_a_run_with_a_stable_phase_can_be_made_longer(
         assert torch.equal(load_run(tmp_path / "run")["net"][name], value)
 
 
+def test_a_run_whose_decay_has_begun_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 18)
+    with pytest.raises(KeyboardInterrupt):
+        train(Toy(), TrainConfig(steps=20, schedule="wsd", warmup=2), tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    for steps in (30, 10):
+        other = TrainConfig(steps=steps, schedule="wsd", warmup=2)
+        with pytest.raises(UserError, match=rf"steps \(was 20, now {steps}\)"):
+            train(Toy(), other, tmp_path / "run", resume=True, quiet=True)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

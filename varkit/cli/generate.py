@@ -180,19 +180,22 @@ def draw(
     from varkit.pictures import grid
 
     chosen = replace(pipeline.settings, **settings)
-    with progress("drawing", len(jobs)) as advance:
-        for first in range(0, len(jobs), BATCH):
-            wanted = list(jobs[first : first + BATCH])
-            filled = BATCH if alike or len(jobs) > BATCH else len(wanted)
-            batch = wanted + wanted[-1:] * (filled - len(wanted))
-            start = pipeline.start([prompt for _, prompt in batch], seed, [n for n, _ in batch], chosen)
+    filled = list(jobs)
+    if alike or len(jobs) > BATCH:
+        filled += filled[-1:] * (-len(jobs) % BATCH)
+    prompts, numbers = [prompt for _, prompt in filled], [number for number, _ in filled]
+    left = len(jobs)
+    with progress("drawing", left) as advance:
+        for start in pipeline.starts(prompts, seed, BATCH, chosen, numbers):
+            wanted = min(left, start.batch)
+            left -= wanted
             frames = [
                 pipeline.pictures(state)
                 for state in decode(pipeline.model, start)
                 if previews or bool(state.finished.all())
             ]
-            advance(len(wanted))
-            for grown in list(zip(*frames, strict=True))[: len(wanted)]:
+            advance(wanted)
+            for grown in list(zip(*frames, strict=True))[:wanted]:
                 yield grown[-1], grid(grown, columns=len(grown)) if previews else None
 
 

@@ -5,11 +5,13 @@ a suite makes its list of prompts longer than needed rather than the last batch 
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 
 from varkit.decode.loop import run
+from varkit.decode.state import State
 from varkit.hub.pipeline import Pipeline, Prompt, Settings
 from varkit.pictures import to_array
 from varkit.ranks import current
@@ -31,18 +33,15 @@ def draw(
     """
     assert len(prompts) % BATCH == 0, f"{len(prompts)} prompts do not fill batches of {BATCH}"
     ranks = current()
-    batches = range(0, len(prompts), BATCH)
-    for turn in range(0, len(batches), ranks.world):
-        own = batches[turn + ranks.rank : turn + ranks.rank + 1]
-        made = [_drawn(pipeline, prompts, first, seed, settings) for first in own]
+    numbers = np.arange(len(prompts)).reshape(-1, BATCH)
+    own = numbers[ranks.rank :: ranks.world].flatten().tolist()
+    states = pipeline.starts([prompts[i] for i in own], seed, BATCH, settings, own)
+    for _ in range(0, len(numbers), ranks.world):
+        made = [_shown(run(pipeline.model, state)) for state in islice(states, 1)]
         for images in ranks.gathered(made):
             yield from (image for batch in images for image in batch)
 
 
 @torch.no_grad()
-def _drawn(
-    pipeline: Pipeline, prompts: Sequence[Prompt], first: int, seed: int, settings: Settings | None
-) -> np.ndarray:
-    numbers = range(first, first + BATCH)
-    state = pipeline.start([prompts[i] for i in numbers], seed, numbers, settings)
-    return to_array(run(pipeline.model, state).canvas.preview())
+def _shown(state: State) -> np.ndarray:
+    return to_array(state.canvas.preview())

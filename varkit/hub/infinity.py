@@ -18,13 +18,13 @@ from varkit.errors import UserError
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.prompt import TextFeaturesConfig
 from varkit.heads.bits import BitsConfig
-from varkit.hub.keymap import Rule, from_published, grouped, joined, part, to_published
+from varkit.hub.keymap import Rule, entry, from_published, grouped, joined, part, to_published
 from varkit.hub.states import State, build_empty
 from varkit.hub.var import GENERATOR_RULES as VAR_RULES
 from varkit.hub.var import TOKENIZER_RULES as VAR_TOKENIZER_RULES
+from varkit.hub.var import conv_config
 from varkit.plans.schedule import Side
 from varkit.tokenizers.bitwise import BitwiseConfig
-from varkit.tokenizers.conv import ConvConfig
 
 TOKENIZER = "encoder.conv_in"
 
@@ -73,16 +73,8 @@ def tokenizer_config(
 ) -> BitwiseConfig:
     """The configuration that a published tokenizer's shapes tell; they do not tell the schedule and the patch."""
     weights = _plain(state)
-    first = _get(weights, f"{TOKENIZER}.weight", "tokenizer").shape[0]
-    levels = range(grouped(weights, r"encoder\.down\.(\d+)\."))
-    widths = [_get(weights, f"encoder.down.{i}.block.0.conv1.weight", "tokenizer").shape[0] for i in levels]
-    conv = ConvConfig(
-        channels=first,
-        multipliers=tuple(width // first for width in widths),
-        res_blocks=grouped(weights, r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=_get(weights, "encoder.conv_out.weight", "tokenizer").shape[0],
-        attention=False,
-    )
+    latents = entry(weights, "encoder.conv_out.weight", "Infinity tokenizer").shape[0]
+    conv = conv_config(weights, latents, False, "Infinity tokenizer")
     return BitwiseConfig(conv, schedule, patch)
 
 
@@ -104,16 +96,16 @@ def tokenizer_to_published(state: Mapping[str, Tensor], config: BitwiseConfig, n
 def generator_configs(state: Mapping[str, Tensor]) -> tuple[InfinityConfig, BitsConfig]:
     """The configurations of generator and head that the shapes of a published generator tell."""
     state = _in_a_row(state)
-    width, bits = _get(state, "word_embed.weight", "generator").shape
-    length, features = _get(state, "cfg_uncond", "generator").shape
+    width, bits = entry(state, "word_embed.weight", "Infinity generator").shape
+    length, features = entry(state, "cfg_uncond", "Infinity generator").shape
     config = InfinityConfig(
         depth=grouped(state, r"blocks\.(\d+)\."),
         width=width,
-        heads=_get(state, "blocks.0.sa.scale_mul_1H11", "generator").numel(),
+        heads=entry(state, "blocks.0.sa.scale_mul_1H11", "Infinity generator").numel(),
         code_width=bits,
         condition=TextFeaturesConfig(features, length),
-        levels=_get(state, "lvl_embed.weight", "generator").shape[0],
-        mlp_ratio=_get(state, "blocks.0.ffn.fc1.weight", "generator").shape[0] / width,
+        levels=entry(state, "lvl_embed.weight", "Infinity generator").shape[0],
+        mlp_ratio=entry(state, "blocks.0.ffn.fc1.weight", "Infinity generator").shape[0] / width,
     )
     return config, BitsConfig(width, bits)
 
@@ -198,11 +190,3 @@ def _wrapped(name: str) -> str:
     """The name within wrappers: norms in `.norm`, convolutions in `.conv`."""
     kind = "norm" if re.search(r"norm\w*\.(weight|bias)$", name) else "conv"
     return re.sub(r"\.(weight|bias)$", rf".{kind}.\1", name)
-
-
-def _get(state: Mapping[str, Tensor], name: str, what: str) -> Tensor:
-    if name not in state:
-        raise UserError(
-            f"the {what} checkpoint lacks {name}; check that it is a published Infinity {what}, with all its shards"
-        )
-    return state[name]

@@ -67,6 +67,15 @@ def grouped(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({m[1] for m in (re.match(pattern, name) for name in state) if m})
 
 
+def entry(state: Mapping[str, Tensor], name: str, whose: str) -> Tensor:
+    """A tensor that a checkpoint must have, such as `whose` "VAR tokenizer"."""
+    if name not in state:
+        raise UserError(
+            f"the {whose} checkpoint lacks {name}; check that it is a published {whose}, with all its shards"
+        )
+    return state[name]
+
+
 def check_told(what: str, own: Any, told: Any) -> None:
     """Raise `UserError` unless the configuration that published shapes tell is the model's own."""
     for field in fields(own):

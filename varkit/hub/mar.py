@@ -16,11 +16,10 @@ from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.mar import SIZES, MARConfig
 from varkit.heads.diffusion import DiffusionConfig
-from varkit.hub.keymap import Rule, from_published, grouped, joined, part, to_published
+from varkit.hub.keymap import Rule, entry, from_published, grouped, joined, part, to_published
 from varkit.hub.states import State, build_empty
-from varkit.hub.var import TOKENIZER_RULES
+from varkit.hub.var import TOKENIZER_RULES, conv_config
 from varkit.plans.schedule import Side
-from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.kl import KLConfig
 
 CLASSES, NULL, TABLE = "class_emb.weight", "fake_latent", "generator.conditioner.embed.weight"
@@ -77,8 +76,8 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
     """The configurations of generator and head that the shapes tell; heads are those of the released size of the same
     width, else 64 wide.
     """
-    classes, width = _get(state, CLASSES).shape
-    positions = _get(state, "diffusion_pos_embed_learned").shape[1]
+    classes, width = entry(state, CLASSES, "MAR generator").shape
+    positions = entry(state, "diffusion_pos_embed_learned", "MAR generator").shape[1]
     grid = math.isqrt(positions)
     if grid * grid != positions:
         raise UserError(f"the MAR checkpoint has {positions} positions, which are not a square grid")
@@ -88,7 +87,7 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
             f"the MAR checkpoint's encoder and decoder differ in depth {sorted(depths)}; all released ones agree"
         )
     released = {w: h for _, w, h in SIZES.values()}
-    channels = _get(state, "z_proj.weight").shape[1]
+    channels = entry(state, "z_proj.weight", "MAR generator").shape[1]
     generator = MARConfig(
         depth=depths.pop(),
         width=width,
@@ -96,10 +95,10 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
         condition=ClassConfig(classes),
         grid=grid,
         channels=channels,
-        buffer=_get(state, "encoder_pos_embed_learned").shape[1] - positions,
-        mlp_ratio=_get(state, "encoder_blocks.0.mlp.fc1.weight").shape[0] / width,
+        buffer=entry(state, "encoder_pos_embed_learned", "MAR generator").shape[1] - positions,
+        mlp_ratio=entry(state, "encoder_blocks.0.mlp.fc1.weight", "MAR generator").shape[0] / width,
     )
-    mlp_width = _get(state, "diffloss.net.input_proj.weight").shape[0]
+    mlp_width = entry(state, "diffloss.net.input_proj.weight", "MAR generator").shape[0]
     return generator, DiffusionConfig(
         width, channels, mlp_width, grouped(state, r"diffloss\.net\.res_blocks\.(\d+)\.")
     )
@@ -110,7 +109,7 @@ def generator_from_published(state: Mapping[str, Tensor], configs: Configs) -> t
     ours = joined(
         generator=build_empty(configs[0].build).state_dict(), head=build_empty(configs[1].build).state_dict()
     )
-    table = torch.cat([_get(state, CLASSES), _get(state, NULL)])
+    table = torch.cat([entry(state, CLASSES, "MAR generator"), entry(state, NULL, "MAR generator")])
     weights = {name: tensor for name, tensor in state.items() if name != NULL} | {CLASSES: table}
     found = from_published(weights, ours, GENERATOR_RULES, "the MAR checkpoint")
     return part(found, "generator."), part(found, "head.")
@@ -125,16 +124,8 @@ def generator_to_published(state: Mapping[str, Tensor], head: Mapping[str, Tenso
 
 def tokenizer_config(state: Mapping[str, Tensor], grid: Side = 16, patch: int = 1) -> KLConfig:
     """The configuration that the shapes of a published autoencoder tell; they do not tell how its latents are used."""
-    first = _get(state, "encoder.conv_in.weight").shape[0]
-    levels = range(grouped(state, r"encoder\.down\.(\d+)\."))
-    widths = [_get(state, f"encoder.down.{i}.block.0.conv1.weight").shape[0] for i in levels]
-    conv = ConvConfig(
-        channels=first,
-        multipliers=tuple(width // first for width in widths),
-        res_blocks=grouped(state, r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=_get(state, "post_quant_conv.weight").shape[0],
-        attention="encoder.mid.attn_1.q.weight" in state,
-    )
+    latents = entry(state, "post_quant_conv.weight", "MAR autoencoder").shape[0]
+    conv = conv_config(state, latents, "encoder.mid.attn_1.q.weight" in state, "MAR autoencoder")
     return KLConfig(conv, grid, patch)
 
 
@@ -159,9 +150,3 @@ def tokenizer_to_published(state: Mapping[str, Tensor]) -> State:
         for letter, piece in zip("qkv", published.pop(name).chunk(3), strict=True):
             published[name.replace(".qkv.", f".{letter}.")] = piece
     return published
-
-
-def _get(state: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in state:
-        raise UserError(f"the MAR checkpoint lacks {name}; check that it is a published MAR")
-    return state[name]

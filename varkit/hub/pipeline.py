@@ -245,11 +245,15 @@ class Pipeline:
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH,
         settings: Settings | None = None,
+        samples: Sequence[int] | None = None,
     ) -> Iterator[State]:
-        """A state for each batch of prompts, in order: prompt i draws from sample i of `seed`, whatever the batch."""
+        """A state for each batch of prompts, in order: prompt i draws from sample i of `seed`, whatever the batch, or
+        from the i-th of `samples`.
+        """
+        numbers = range(len(prompts)) if samples is None else samples
         for first in range(0, len(prompts), batch_size):
-            rows = prompts[first : first + batch_size]
-            yield self.start(rows, seed, range(first, first + len(rows)), settings)
+            batch = slice(first, first + batch_size)
+            yield self.start(prompts[batch], seed, numbers[batch], settings)
 
     def stream(
         self, prompts: Sequence[Prompt], seed: int = 0, **settings: Any

@@ -4,29 +4,23 @@ Which file is which is told by its keys, never by its name. On the way out every
 say is refused, by reading the configuration off the written shapes and comparing it with the model's own.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varkit.errors import UserError
 from varkit.files import StrPath, atomic_folder
-from varkit.generators.conditioning import ClassConfig
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.var import VARConfig
-from varkit.hub import infinity, mar, published_infinity, published_mar, var
-from varkit.hub.keymap import check_told
-from varkit.hub.pipeline import Pipeline, Settings
-from varkit.hub.states import State, build_empty, load_state, read_checkpoint
-from varkit.plans.scales import ScalesConfig
-from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
-
-SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
-"""VAR's published sampling; its cfg 1.5, (1 + t) c - t u with t up to 1.5, is u + s (c - u) with s up to 2.5."""
+from varkit.hub import infinity, mar, published_infinity, published_mar, published_var, var
+from varkit.hub.assemble import Files
+from varkit.hub.pipeline import Pipeline
+from varkit.hub.states import State, read_checkpoint
 
 WRAPPERS = ("state_dict", "model")
 
@@ -40,11 +34,36 @@ OTHERS: dict[str, str] = {
 }
 """Beginnings of keys that no family here has, and what has them."""
 
-EXAMPLES = {
-    "VAR": {"tokenizer": "vae_ch160v4096z32.pth", "generator": "var_d16.pth"},
-    "MAR": {"tokenizer": published_mar.TOKENIZER_FILE, "generator": published_mar.GENERATOR_FILE},
-    "Infinity": {"tokenizer": "infinity_vae_d32reg.pth", "generator": "infinity_2b_reg.pth"},
-}
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's checkpoints are told, read and written. tokenizer, generator: files that users may look for."""
+
+    states: Callable[[Mapping[str, Any]], dict[str, State]]
+    read: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Any]], Pipeline]
+    write: Callable[[Pipeline], Files]
+    config: type
+    tokenizer: str
+    generator: str
+
+
+FAMILIES = {
+    "MAR": Family(
+        mar.checkpoint_states, published_mar.pipeline, published_mar.files, MARConfig,
+        published_mar.TOKENIZER_FILE, published_mar.GENERATOR_FILE,
+    ),
+    "Infinity": Family(
+        infinity.checkpoint_states, published_infinity.pipeline, published_infinity.files, InfinityConfig,
+        "infinity_vae_d32reg.pth", "infinity_2b_reg.pth",
+    ),
+    "VAR": Family(
+        var.checkpoint_states, published_var.pipeline, published_var.files, VARConfig,
+        "vae_ch160v4096z32.pth", "var_d16.pth",
+    ),
+}  # fmt: skip
+"""By name; VAR comes last, since what it does not know it refuses."""
+
+NAMES = ", ".join(sorted(FAMILIES))
 
 
 def pipeline_from_published(paths: Sequence[StrPath]) -> Pipeline:
@@ -54,23 +73,7 @@ def pipeline_from_published(paths: Sequence[StrPath]) -> Pipeline:
     """
     family, states = _read_states(paths)
     about = {"converted_from": [Path(path).name for path in paths]}
-    if family == "MAR":
-        return published_mar.pipeline(states["generator"], states["tokenizer"], about)
-    if family == "Infinity":
-        return published_infinity.pipeline(states["generator"], states["tokenizer"], about)
-    config, head_config = var.generator_configs(states["generator"])
-    tokenizer_config = var.tokenizer_config(states["tokenizer"], config.schedule)
-    _check_pair(tokenizer_config, config, head_config.vocab_size)
-    generator, head = var.generator_from_published(states["generator"])
-    tokenizer = var.tokenizer_from_published(states["tokenizer"], tokenizer_config)
-    plan = ScalesConfig(config.schedule)
-    configs: dict[str, Any] = {
-        "tokenizer": tokenizer_config, "generator": config, "head": head_config, "plan": plan,
-    }  # fmt: skip
-    parts = {name: build_empty(part.build) for name, part in configs.items()}
-    for name, state in (("tokenizer", tokenizer), ("generator", generator), ("head", head)):
-        load_state(parts[name], state, f"the {name}")
-    return Pipeline(parts, configs, SETTINGS, about)
+    return FAMILIES[family].read(states["generator"], states["tokenizer"], about)
 
 
 def save_published(pipeline: Pipeline, folder: StrPath) -> list[Path]:
@@ -78,35 +81,14 @@ def save_published(pipeline: Pipeline, folder: StrPath) -> list[Path]:
 
     Raises `UserError` for a model that the published layout cannot express.
     """
-    tokenizer, generator = pipeline.configs["tokenizer"], pipeline.configs["generator"]
-    if isinstance(generator, MARConfig):
-        return _write(published_mar.files(pipeline), folder)
-    if isinstance(generator, InfinityConfig):
-        return _write(published_infinity.files(pipeline), folder)
-    if not (
-        isinstance(tokenizer, MultiScaleVQConfig)
-        and isinstance(generator, VARConfig)
-        and isinstance(generator.condition, ClassConfig)
-    ):
-        kinds = f"{type(tokenizer).__name__}, {type(generator).__name__}, {type(pipeline.condition).__name__}"
-        raise UserError(
-            f"only class-conditional VAR and MAR models have a published layout; this one is {kinds}"
-        )
-    state = {name: part.state_dict() for name, part in pipeline.parts.items() if isinstance(part, nn.Module)}
-    conv = tokenizer.conv
-    files = {
-        f"vae_ch{conv.channels}v{tokenizer.vocab_size}z{tokenizer.code_channels}.pth": (
-            var.tokenizer_to_published(state["tokenizer"], tokenizer)
-        ),
-        f"var_d{generator.depth}.pth": var.generator_to_published(
-            state["generator"], state["head"], generator
-        ),
-    }
-    _check_expressible(pipeline.configs, *files.values())
-    return _write({name: (published, ()) for name, published in files.items()}, folder)
+    generator = pipeline.configs["generator"]
+    for family in FAMILIES.values():
+        if isinstance(generator, family.config):
+            return _write(family.write(pipeline), folder)
+    raise UserError(f"a {type(generator).__name__} has no published layout here; those of {NAMES} have")
 
 
-def _write(files: Mapping[str, tuple[State, tuple[str, ...]]], folder: StrPath) -> list[Path]:
+def _write(files: Files, folder: StrPath) -> list[Path]:
     with atomic_folder(folder) as building:
         for name, (published, wrappers) in files.items():
             _save_pickle(published, building / name, wrappers)
@@ -133,7 +115,7 @@ def _read_states(paths: Sequence[StrPath]) -> tuple[str, dict[str, State]]:
     for what in ("tokenizer", "generator"):
         if what not in states:
             given = ", ".join(repr(str(path)) for path in paths) or "nothing"
-            example = EXAMPLES[next(iter(families.values()), "VAR")][what]
+            example = getattr(FAMILIES[next(iter(families.values()), "VAR")], what)
             raise UserError(f"no {what} is in {given}; give its file too, such as {example}")
     if families["tokenizer"] != families["generator"]:
         raise UserError(
@@ -146,23 +128,20 @@ def _read_states(paths: Sequence[StrPath]) -> tuple[str, dict[str, State]]:
 def _states_of(path: StrPath) -> tuple[str, dict[str, State]]:
     """The family of a file, and the parts in it."""
     checkpoint: Mapping[str, Any] = read_checkpoint(path)
-    states = mar.checkpoint_states(checkpoint)
-    if states:
-        return "MAR", _checked(states, path)
-    states = infinity.checkpoint_states(checkpoint)
-    if states:
-        return "Infinity", _checked(states, path)
+    for name in ("MAR", "Infinity"):
+        if states := FAMILIES[name].states(checkpoint):
+            return name, _checked(states, path)
     for wrapper in WRAPPERS:
         inner = checkpoint.get(wrapper)
         if isinstance(inner, Mapping):
             checkpoint = inner
     for beginning, family in OTHERS.items():
         if any(str(key).startswith(beginning) for key in checkpoint):
-            raise UserError(f"{str(path)!r} is no VAR or MAR checkpoint; it looks like {family}")
+            raise UserError(f"{str(path)!r} is no checkpoint of {NAMES}; it looks like {family}")
     if "quantize.embedding.weight" in checkpoint and not any("quant_resi" in str(key) for key in checkpoint):
         raise UserError(f"{str(path)!r} is not VAR's tokenizer; it looks like a single-scale VQGAN")
     try:
-        states = var.checkpoint_states(checkpoint)
+        states = FAMILIES["VAR"].states(checkpoint)
     except UserError as error:
         raise UserError(f"{str(path)!r}: {error}") from error
     return "VAR", _checked(states, path)
@@ -177,31 +156,6 @@ def _checked(states: dict[str, State], path: StrPath) -> dict[str, State]:
                 f"the {what} in {str(path)!r} has entries that are no tensors ({odd[0]} ...); save its state dict alone"
             )
     return states
-
-
-def _check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size: int) -> None:
-    for what, theirs, ours in (
-        ("code width", tokenizer.code_channels, generator.code_width),
-        ("number of codes", tokenizer.vocab_size, vocab_size),
-    ):
-        if theirs != ours:
-            raise UserError(
-                f"the tokenizer's {what} is {theirs} and the generator's is {ours}; give the tokenizer that the "
-                "generator was trained with"
-            )
-
-
-def _check_expressible(configs: Mapping[str, Any], tokenizer: State, generator: State) -> None:
-    """Compare what the published shapes tell with the configurations; what only training uses may differ."""
-    told, told_head = var.generator_configs(generator)
-    own = configs["generator"]
-    told = replace(told, drop_path=own.drop_path, adaln_init=own.adaln_init, condition=own.condition)
-    check_told("generator", own, told)
-    check_told("head", configs["head"], replace(told_head, init_scale=configs["head"].init_scale))
-    own = configs["tokenizer"]
-    told_tokenizer = replace(var.tokenizer_config(tokenizer, told.schedule), beta=own.beta)
-    check_told("tokenizer's convolutions", own.conv, told_tokenizer.conv)
-    check_told("tokenizer", own, told_tokenizer)
 
 
 def _save_pickle(state: State, path: Path, wrappers: Sequence[str] = ()) -> None:

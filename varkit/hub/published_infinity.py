@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from varkit.errors import UserError
 from varkit.generators.infinity import SIZES, InfinityConfig
 from varkit.generators.prompt import TextFeaturesConfig
 from varkit.hub import infinity
+from varkit.hub.assemble import Files, assembled, states_of
 from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
-from varkit.hub.states import State, build_empty, load_state
 from varkit.plans.ratios import scales
 from varkit.tokenizers.bitwise import BitwiseConfig
 
@@ -38,29 +37,21 @@ def pipeline(
     told = infinity.tokenizer_config(tokenizer, plan.schedule)
     told = replace(told, patch=_patch(config.code_width, told.token_bits))
     configs: dict[str, Any] = {"tokenizer": told, "generator": config, "head": head, "plan": plan}
-    parts = {name: build_empty(part.build) for name, part in configs.items()}
     weights = dict(zip(("generator", "head"), infinity.generator_from_published(generator), strict=True))
     weights["tokenizer"] = infinity.tokenizer_from_published(tokenizer, told)
-    for name, state in weights.items():
-        load_state(parts[name], state, f"the {name}")
     patched = replace(SETTINGS, guidance=3.0, temperature=1.0)
-    return Pipeline(parts, configs, SETTINGS if told.patch == 1 else patched, about)
+    return assembled(configs, weights, SETTINGS if told.patch == 1 else patched, about)
 
 
-def files(pipeline: Pipeline) -> dict[str, tuple[State, tuple[str, ...]]]:
-    """What is published of a pipeline: {file: (state, the names that it has in the file)}.
-
-    Raises `UserError` for a model that the published layout cannot express.
-    """
+def files(pipeline: Pipeline) -> Files:
+    """What is published of a pipeline. Raises `UserError` for a model that the published layout cannot express."""
     own, head, tokenizer = (pipeline.configs[name] for name in ("generator", "head", "tokenizer"))
     if not isinstance(tokenizer, BitwiseConfig) or not isinstance(own.condition, TextFeaturesConfig):
         kinds = f"{type(tokenizer).__name__}, {type(own.condition).__name__}"
         raise UserError(
             f"only Infinity models of text features over a bitwise tokenizer have a published layout, not {kinds}"
         )
-    state = {
-        name: part.state_dict() for name, part in pipeline.parts.items() if isinstance(part, torch.nn.Module)
-    }
+    state = states_of(pipeline)
     name, chunks = _name(own)
     generator = infinity.generator_to_published(state["generator"], state["head"], chunks)
     autoencoder = infinity.tokenizer_to_published(state["tokenizer"], tokenizer)

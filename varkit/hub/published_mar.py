@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.mar import MARConfig
 from varkit.hub import mar
+from varkit.hub.assemble import Files, assembled, states_of
 from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
-from varkit.hub.states import State, build_empty, load_state
 from varkit.plans.masked import MaskedConfig
 from varkit.tokenizers.kl import KLConfig
 
@@ -35,22 +34,16 @@ def pipeline(
     told = _tokenizer_config(tokenizer, config)
     plan = MaskedConfig((config.grid, config.grid), min(ITERATIONS, config.grid**2), config.buffer)
     configs: dict[str, Any] = {"tokenizer": told, "generator": config, "head": head, "plan": plan}
-    parts = {name: build_empty(part.build) for name, part in configs.items()}
     weights = dict(
         zip(("generator", "head"), mar.generator_from_published(generator, (config, head)), strict=True)
     )
     weights["tokenizer"] = mar.tokenizer_from_published(tokenizer, told)
-    for name, state in weights.items():
-        load_state(parts[name], state, f"the {name}")
     settings = Settings(guidance=GUIDANCE.get(config.width, 3.0), ramp=True)
-    return Pipeline(parts, configs, settings, about)
+    return assembled(configs, weights, settings, about)
 
 
-def files(pipeline: Pipeline) -> dict[str, tuple[State, tuple[str, ...]]]:
-    """What is published of a pipeline: {file: (state, the names that it has in the file)}.
-
-    Raises `UserError` for a model that the published layout cannot express.
-    """
+def files(pipeline: Pipeline) -> Files:
+    """What is published of a pipeline. Raises `UserError` for a model that the published layout cannot express."""
     own, head, tokenizer = (pipeline.configs[name] for name in ("generator", "head", "tokenizer"))
     if not isinstance(tokenizer, KLConfig) or not isinstance(own.condition, ClassConfig):
         kinds = f"{type(tokenizer).__name__}, {type(own.condition).__name__}"
@@ -63,9 +56,7 @@ def files(pipeline: Pipeline) -> dict[str, tuple[State, tuple[str, ...]]]:
             f"the published layout cannot express this model: its latents are scaled by {scale:.6g}, published ones by "
             f"{KLConfig.scale}; keep the varkit folder"
         )
-    state = {
-        name: part.state_dict() for name, part in pipeline.parts.items() if isinstance(part, torch.nn.Module)
-    }
+    state = states_of(pipeline)
     generator = mar.generator_to_published(state["generator"], state["head"])
     autoencoder = mar.tokenizer_to_published(state["tokenizer"])
     told, told_head = mar.generator_configs(generator)

@@ -15,7 +15,7 @@ from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
-from varkit.hub.keymap import Rule, from_published, grouped, joined, part, to_published
+from varkit.hub.keymap import Rule, entry, from_published, grouped, joined, part, to_published
 from varkit.hub.states import State, build_empty
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.conv import ConvConfig
@@ -86,21 +86,27 @@ def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
     return found
 
 
+def conv_config(state: Mapping[str, Tensor], latents: int, attention: bool, whose: str) -> ConvConfig:
+    """The convolutions that a published autoencoder's shapes tell, in the layout that these families share (LDM's)."""
+    first = entry(state, "encoder.conv_in.weight", whose).shape[0]
+    levels = range(grouped(state, r"encoder\.down\.(\d+)\."))
+    widths = [entry(state, f"encoder.down.{i}.block.0.conv1.weight", whose).shape[0] for i in levels]
+    return ConvConfig(
+        channels=first,
+        multipliers=tuple(width // first for width in widths),
+        res_blocks=grouped(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=latents,
+        attention=attention,
+    )
+
+
 def tokenizer_config(
     state: Mapping[str, Tensor], schedule: tuple[Side, ...] = SCHEDULES[680]
 ) -> MultiScaleVQConfig:
     """The configuration that the shapes of a published tokenizer tell; they do not tell the schedule."""
-    first = _get(state, "encoder.conv_in.weight", "tokenizer").shape[0]
-    levels = range(grouped(state, r"encoder\.down\.(\d+)\."))
-    widths = [_get(state, f"encoder.down.{i}.block.0.conv1.weight", "tokenizer").shape[0] for i in levels]
-    vocab_size, code_channels = _get(state, "quantize.embedding.weight", "tokenizer").shape
-    conv = ConvConfig(
-        channels=first,
-        multipliers=tuple(width // first for width in widths),
-        res_blocks=grouped(state, r"encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=_get(state, "encoder.conv_out.weight", "tokenizer").shape[0],
-        attention="encoder.mid.attn_1.qkv.weight" in state,
-    )
+    vocab_size, code_channels = entry(state, "quantize.embedding.weight", "VAR tokenizer").shape
+    latents = entry(state, "encoder.conv_out.weight", "VAR tokenizer").shape[0]
+    conv = conv_config(state, latents, "encoder.mid.attn_1.qkv.weight" in state, "VAR tokenizer")
     partly = grouped(state, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.")
     sharing = 1 if "quantize.quant_resi.qresi.weight" in state else partly
     return MultiScaleVQConfig(conv, vocab_size, code_channels, schedule, phi_sharing=sharing)
@@ -132,7 +138,7 @@ def generator_configs(
 
     Without cosine attention they do not tell the heads, which are then 64 wide, as released.
     """
-    classes, width = _get(state, "class_emb.weight", "generator").shape
+    classes, width = entry(state, "class_emb.weight", "VAR generator").shape
     scale = state.get("blocks.0.attn.scale_mul_1H11")
     depth = grouped(state, r"blocks\.(\d+)\.")
     config = VARConfig.published(
@@ -140,18 +146,18 @@ def generator_configs(
         schedule or generator_schedule(state),
         width=width,
         heads=width // HEAD_WIDTH if scale is None else scale.shape[1],
-        code_width=_get(state, "word_embed.weight", "generator").shape[1],
+        code_width=entry(state, "word_embed.weight", "VAR generator").shape[1],
         condition=ClassConfig(classes - 1),
-        mlp_ratio=_get(state, "blocks.0.ffn.fc1.weight", "generator").shape[0] / width,
+        mlp_ratio=entry(state, "blocks.0.ffn.fc1.weight", "VAR generator").shape[0] / width,
         cosine=scale is not None,
         shared_modulation="shared_ada_lin.1.weight" in state,
     )
-    return config, CategoricalConfig(width, _get(state, "head.weight", "generator").shape[0])
+    return config, CategoricalConfig(width, entry(state, "head.weight", "VAR generator").shape[0])
 
 
 def generator_schedule(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The schedule of a published generator: from its level numbers, else by its number of positions."""
-    total = _get(state, "pos_1LC", "generator").shape[1]
+    total = entry(state, "pos_1LC", "VAR generator").shape[1]
     if LEVELS in state:
         sides = tuple(round(n**0.5) for n in torch.bincount(state[LEVELS].flatten()).tolist())
         if sum(side * side for side in sides) == total:
@@ -189,9 +195,3 @@ def generator_to_published(
     buffers = {LEVELS: level[None], MASK: hidden[None, None]}
     buffers |= {f"blocks.{i}.attn{KEY_BIAS}": torch.zeros(config.width) for i in range(config.depth)}
     return to_published(joined(generator=state, head=head), GENERATOR_RULES) | buffers
-
-
-def _get(state: Mapping[str, Tensor], name: str, what: str) -> Tensor:
-    if name not in state:
-        raise UserError(f"the VAR {what} checkpoint lacks {name}; check that it is a published VAR {what}")
-    return state[name]

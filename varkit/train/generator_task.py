@@ -25,19 +25,22 @@ from varkit.train.tokens import Tokens
 
 @dataclass(frozen=True)
 class Forced:
-    """The parts of a model under teacher forcing; the tokenizer is frozen."""
+    """The parts of a model under teacher forcing; the tokenizer is frozen.
+
+    lessons: what is made of true latents, by default `WholePlan`, which takes a static plan.
+    """
 
     tokenizer: Tokenizer
     generator: Generator
     head: Head
     plan: Plan
+    lessons: Lessons | None = None
 
 
 class NextStepTask(Task):
     """Train a generator and its head to follow their plan over `tokens`.
 
-    recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in). lessons: what
-    is made of true latents, by default `WholePlan`, which takes a static plan.
+    recipe: what defines the run. draw: makes the sample grid (a pipeline's business, so it is passed in).
     """
 
     def __init__(
@@ -50,11 +53,11 @@ class NextStepTask(Task):
         seed: int = 0,
         condition_drop: float = 0.1,
         draw: Callable[[], Image.Image] | None = None,
-        lessons: Lessons | None = None,
     ) -> None:
         self.tokenizer, self.plan = parts.tokenizer.eval().requires_grad_(False), parts.plan
         self.tokens, self.held_out, self.batch_size, self.recipe = tokens, held_out, batch_size, recipe
         self.seed, self.draw = seed, draw
+        lessons = parts.lessons
         if lessons is None:
             assert isinstance(self.plan, StaticPlan), "plans that are not static want lessons of their own"
             lessons = WholePlan(self.tokenizer, self.plan)

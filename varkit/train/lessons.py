@@ -58,32 +58,37 @@ class WholePlan:
         self.tokenizer, self.plan = tokenizer, plan
         self.settings: dict[str, Any] = {"kind": type(self).__name__, "step_power": step_power}
         self.progressive: Progressive | None = None
-        self._steps = {len(plan.steps): plan.training_step()}
+        self._steps: dict[int, Step] = {}
         self.sizes = [step.target.shape[-1] for step in plan.steps]
         sizes = torch.tensor(self.sizes)
         weights = torch.repeat_interleave(sizes**-step_power, sizes)
         self._weights = weights / weights.mean() if step_power else None
 
     def lesson(self, latents: Latents, step: int | None = None) -> Lesson:
-        every = len(self.plan.steps)
-        if step is None or self.progressive is None:
-            canvas, targets = self.filled(latents, corrupted=step is not None)
-            weights = None if step is None else self._weights
-            return Lesson(canvas, self._steps[every], targets, sum(self.sizes), weights)
-        levels, newest = self.progressive.at(step)
-        if levels not in self._steps:
-            self._steps[levels] = self.plan.training_step(levels)
-        canvas, targets = self.filled(latents, corrupted=True)
-        weights = self._newest_weighs(levels, newest)
-        return Lesson(canvas, self._steps[levels], targets, sum(self.sizes), weights)
+        if step is None:
+            canvas, targets = self.true(latents)
+            return Lesson(canvas, self._packed(len(self.sizes)), targets, sum(self.sizes))
+        levels, newest = (len(self.sizes), 1.0) if self.progressive is None else self.progressive.at(step)
+        canvas, targets = self.taught(latents)
+        weights = self._weighed(levels, newest)
+        return Lesson(canvas, self._packed(levels), targets, sum(self.sizes), weights)
 
-    def filled(self, latents: Latents, corrupted: bool) -> tuple[Canvas, Latents]:
-        """The inputs, and what is right at every position; here nothing is ever corrupted."""
+    def true(self, latents: Latents) -> tuple[Canvas, Latents]:
+        """True latents as inputs, and as what is right."""
         canvas = self.tokenizer.canvas(len(next(iter(latents.values()))))
         canvas.fill(latents)
         return canvas, canvas.latents()
 
-    def _newest_weighs(self, levels: int, newest: float) -> Tensor | None:
+    def taught(self, latents: Latents) -> tuple[Canvas, Latents]:
+        """The inputs of training, and what is right; subclasses may corrupt the one and correct the other."""
+        return self.true(latents)
+
+    def _packed(self, levels: int) -> Step:
+        if levels not in self._steps:
+            self._steps[levels] = self.plan.training_step(levels)
+        return self._steps[levels]
+
+    def _weighed(self, levels: int, newest: float) -> Tensor | None:
         active = sum(self.sizes[:levels])
         weights = None if self._weights is None else self._weights[:active]
         if newest == 1.0:

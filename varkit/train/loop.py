@@ -23,6 +23,7 @@ from varkit import __version__
 from varkit.errors import UserError
 from varkit.files import StrPath
 from varkit.train.memory import keep_freed_memory
+from varkit.train.optim import lr_factor
 from varkit.train.progress import Progress, say
 from varkit.train.runs import Run
 from varkit.train.task import Task, TrainConfig
@@ -33,9 +34,6 @@ BAD_STEPS = 10
 
 MAY_CHANGE = ("steps", "minutes", "log_every", "validate_every", "checkpoint_every", "checkpoint_minutes")
 """Settings that a resumed run may change (`steps` is compared with the resolved number)."""
-
-EXTENSIBLE = ("constant", "wsd")
-"""Schedules whose runs may end sooner or later than they began to: what was done does not depend on the end."""
 
 SHOWN = 3
 """Validation metrics beside the progress bar: the first ones."""
@@ -125,12 +123,13 @@ def _open(trainer: Trainer, run_dir: StrPath, resume: bool) -> tuple[Run, int]:
     if resume:
         run = Run.open(run_dir)
         record = run.read_config()
-        steps = config.steps or int(record["steps"])
-        longer = config.schedule in EXTENSIBLE and not run.finished()
-        _check_unchanged(record, now | {"steps": record["steps"] if longer else steps})
+        before = int(record["steps"])
+        steps = config.steps or before
+        free = not run.finished() and _same_so_far(config, run.reached(), before, steps)
+        _check_unchanged(record, now | {"steps": before if free else steps})
         if ranks.first:
             _warn_if_moved(record["versions"])
-            if steps != record["steps"]:
+            if steps != before:
                 run.write_config(record | {"steps": steps})
         return run, steps
     if config.steps is None and config.minutes is None:
@@ -141,6 +140,20 @@ def _open(trainer: Trainer, run_dir: StrPath, resume: bool) -> tuple[Run, int]:
         run.write_config({"format_version": 1, **now, "steps": steps, "versions": _versions()})
     ranks.wait()
     return run, steps
+
+
+def _same_so_far(config: TrainConfig, reached: int, before: int, after: int) -> bool:
+    """Whether the steps done would have been the same in a run of `after` steps as in one of `before`, so that the
+    end may be moved: those of `wsd` are, while it is stable.
+    """
+
+    def rate(step: int, steps: int) -> float:
+        return lr_factor(config.schedule, step, steps, config.warmup, config.final)
+
+    decays_alike = config.final_weight_decay is None or reached == 0
+    return (
+        reached <= after and decays_alike and all(rate(s, before) == rate(s, after) for s in range(reached))
+    )
 
 
 def _versions() -> dict[str, Any]:

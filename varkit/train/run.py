@@ -254,15 +254,15 @@ def _train_generator(
         "lessons": lessons.settings,
     }
     task = NextStepTask(
-        Forced(tokenizer, generator, head, plan), tokens, held_out, request.micro_batch(part.batch_size), settings,
-        request.seed, part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
-        lessons=lessons,
+        Forced(tokenizer, generator, head, plan, lessons), tokens, held_out, request.micro_batch(part.batch_size),
+        settings, request.seed, part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
     )  # fmt: skip
     say("training the generator")
     train_config = request.apply(part.train, share)
     if part.progressive:
         train_config = _with_steps(task, train_config, root / "generator")
         assert isinstance(lessons, WholePlan), "only whole plans grow scale by scale"
+        settings["progressive_steps"] = train_config.steps  # what was done depends on the end
         lessons.progressive = Progressive.over(len(lessons.plan.steps), train_config, part.progressive)
     result = _stage(task, train_config, root / "generator", request.shard)
     averaged = load_run(root / "generator")

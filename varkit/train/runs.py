@@ -131,6 +131,10 @@ class Run:
             for old in self._saved()[KEPT:]:
                 shutil.rmtree(old)
 
+    def reached(self) -> int:
+        """The step of the newest checkpoint, 0 before there is one."""
+        return max(map(_step_of, self._saved()), default=0)
+
     def newest(self, warn: Callable[[str], None], holders: Ranks = ALONE) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None when there is none yet."""
         saved = self._saved()

@@ -43,10 +43,8 @@ class SelfCorrection(WholePlan):
         self.strongest, self.scales = strongest, scales
         self.settings |= {"strongest": strongest, "scales": scales}
 
-    def filled(self, latents: Latents, corrupted: bool) -> tuple[Canvas, Latents]:
+    def taught(self, latents: Latents) -> tuple[Canvas, Latents]:
         """The inputs that flipped bits give, and the bits that were right there."""
-        if not corrupted:
-            return super().filled(latents, corrupted)
         true: list[Tensor] = []
 
         def flip(level: int, bits: Tensor) -> Tensor:

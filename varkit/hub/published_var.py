@@ -1,0 +1,79 @@
+"""Published VAR checkpoints as a whole pipeline and back; `varkit.hub.published` decides which files are these."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from varkit.errors import UserError
+from varkit.generators.conditioning import ClassConfig
+from varkit.generators.var import VARConfig
+from varkit.hub import var
+from varkit.hub.assemble import Files, assembled, states_of
+from varkit.hub.keymap import check_told
+from varkit.hub.pipeline import Pipeline, Settings
+from varkit.hub.states import State
+from varkit.plans.scales import ScalesConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+
+SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
+"""Published sampling; its cfg 1.5, (1 + t) c - t u with t up to 1.5, is u + s (c - u) with s up to 2.5."""
+
+
+def pipeline(
+    generator: Mapping[str, Tensor], tokenizer: Mapping[str, Tensor], about: dict[str, Any]
+) -> Pipeline:
+    """The parts of a published generator and tokenizer."""
+    config, head = var.generator_configs(generator)
+    told = var.tokenizer_config(tokenizer, config.schedule)
+    _check_pair(told, config, head.vocab_size)
+    configs = {"tokenizer": told, "generator": config, "head": head, "plan": ScalesConfig(config.schedule)}
+    states = dict(zip(("generator", "head"), var.generator_from_published(generator), strict=True))
+    states["tokenizer"] = var.tokenizer_from_published(tokenizer, told)
+    return assembled(configs, states, SETTINGS, about)
+
+
+def files(pipeline: Pipeline) -> Files:
+    """What is published of a pipeline. Raises `UserError` for a model that the published layout cannot express."""
+    tokenizer, generator = pipeline.configs["tokenizer"], pipeline.configs["generator"]
+    if not isinstance(tokenizer, MultiScaleVQConfig) or not isinstance(generator.condition, ClassConfig):
+        kinds = (
+            f"{type(tokenizer).__name__}, {type(generator).__name__}, {type(generator.condition).__name__}"
+        )
+        raise UserError(
+            f"only class-conditional VAR and MAR models, and Infinity's, have a published layout; this one is {kinds}"
+        )
+    state, conv = states_of(pipeline), tokenizer.conv
+    autoencoder = var.tokenizer_to_published(state["tokenizer"], tokenizer)
+    transformer = var.generator_to_published(state["generator"], state["head"], generator)
+    _check_expressible(pipeline.configs, autoencoder, transformer)
+    return {
+        f"vae_ch{conv.channels}v{tokenizer.vocab_size}z{tokenizer.code_channels}.pth": (autoencoder, ()),
+        f"var_d{generator.depth}.pth": (transformer, ()),
+    }
+
+
+def _check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size: int) -> None:
+    for what, theirs, ours in (
+        ("code width", tokenizer.code_channels, generator.code_width),
+        ("number of codes", tokenizer.vocab_size, vocab_size),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"the tokenizer's {what} is {theirs} and the generator's is {ours}; give the tokenizer that the "
+                "generator was trained with"
+            )
+
+
+def _check_expressible(configs: Mapping[str, Any], tokenizer: State, generator: State) -> None:
+    """Compare what the published shapes tell with the configurations; what only training uses may differ."""
+    told, told_head = var.generator_configs(generator)
+    own = configs["generator"]
+    told = replace(told, drop_path=own.drop_path, adaln_init=own.adaln_init, condition=own.condition)
+    check_told("generator", own, told)
+    check_told("head", configs["head"], replace(told_head, init_scale=configs["head"].init_scale))
+    own = configs["tokenizer"]
+    told_tokenizer = replace(var.tokenizer_config(tokenizer, told.schedule), beta=own.beta)
+    check_told("tokenizer's convolutions", own.conv, told_tokenizer.conv)
+    check_told("tokenizer", own, told_tokenizer)
