@@ -86,6 +86,7 @@ def main() -> None:
 def measure(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every step in one dtype, and the limit."""
     log(f"{dtype}: the machine's limit")
+    keep_freed_memory()  # or the kernels' results would be timed with the system's clearing of their pages
     kernels = limit(getattr(torch, dtype))
     makers: dict[str, Callable[[], Step]] = {"ours": partial(ours, dtype)}
     if options.compile:
