@@ -157,7 +157,7 @@ def test_a_tokenizer_training_resumed_equals_one_that_was_not_interrupted(kind: 
             return DecoderTask(tokenizer, open_dataset("digits"), 4, {})
         return ReconstructionTask(tokenizer, open_dataset("digits"), TokenizerLossConfig(), 4, {}, patience=4)
 
-    config = TrainConfig(steps=9, validate_every=100, checkpoint_every=6, log_every=8)
+    config = TrainConfig(steps=9, dtype="bfloat16", validate_every=100, checkpoint_every=6, log_every=8)
     train(task(), config, tmp_path / "whole", quiet=True)
     with pytest.raises(Stopped):
         train(task(), config, tmp_path / "cut", quiet=True, on_log=lambda event: stop_at(event, 8))

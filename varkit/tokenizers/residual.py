@@ -187,15 +187,10 @@ class QuantizedTokenizer(Tokenizer):
         for part in (self.encoder, self.quant_conv, self.post_quant_conv, self.decoder):
             part.apply(initialize)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the convolutions compute in."""
-        return self.decoder.conv_in.weight.dtype
-
     def encode_features(self, images: Tensor, schedule: Schedule | None = None) -> Tensor:
         """Images (B, 3, H, W) -> f (B, D, h, w) float32, not quantised."""
         self.check_images(images, schedule)
-        f = self.quant_conv(self.encoder(images.to(self.dtype)))
+        f = self.quant_conv(self.encoder(images.to(_dtype(self.encoder))))
         return self.quantizer.check(f, schedule or self.schedule)
 
     def decode_features(self, f_hat: Tensor) -> Tensor:
@@ -204,7 +199,7 @@ class QuantizedTokenizer(Tokenizer):
 
     def reconstruct(self, f_hat: Tensor) -> Tensor:
         """`decode_features` before the clamp, which has no gradient outside [-1, 1]."""
-        return self.decoder(self.post_quant_conv(f_hat.to(self.dtype))).float()
+        return self.decoder(self.post_quant_conv(f_hat.to(_dtype(self.decoder)))).float()
 
     @torch.no_grad()
     def encode(self, images: Tensor, schedule: Schedule | None = None) -> Latents:
@@ -234,6 +229,11 @@ class QuantizedTokenizer(Tokenizer):
     def initialize_codebook(self, images: Tensor, generator: torch.Generator) -> None:
         """Start the codes from the features of `images` (B, 3, H, W), before training."""
         self.quantizer.initialize_codebook(self.encode_features(images), self.schedule, generator)
+
+
+def _dtype(part: nn.Module) -> torch.dtype:
+    """What `part` computes in: a run may train one half in bfloat16 beside the other in float32."""
+    return next(part.parameters()).dtype
 
 
 def _between(inputs: int, outputs: int, kernel: int) -> nn.Module:
