@@ -173,6 +173,7 @@ CASES: dict[str, Case] = {
     "var-class": _scales(_var(), labels),
     "var-shared-modulation": _scales(_var(shared_modulation=True), labels),
     "var-plain-attention": _scales(_var(cosine=False), labels),
+    "var-surroundings": _scales(_var(reach=1), labels),
     "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
     "infinity-text": _infinity(_BITS),
     "infinity-patches": _infinity(replace(_BITS, patch=2)),

@@ -18,24 +18,27 @@ from varkit.nn.adaln import AdaLNBlock, BlockConfig, modulate
 from varkit.nn.attention import Rotation, Window
 from varkit.nn.linear import Linear
 from varkit.nn.ports import Ports, port_at, through
+from varkit.nn.surroundings import Surroundings
 from varkit.plans.step import Step
 
 
 class ScaleTransformer(Generator):
     """`forward` takes {"vectors": (B, L, code_width)} and returns (N, L, C).
 
-    starts: tokens of the first scale. levels: scales that have an embedding.
+    starts: tokens of the first scale. levels: scales that have an embedding. around: what of a map is embedded at each
+    of its slots; by default the vector there.
     """
 
     def __init__(
         self, conditioner: Conditioner, block: BlockConfig, depth: int, code_width: int, starts: int, levels: int,
-        drop_path: float,
+        drop_path: float, around: Surroundings | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.width, self.depth, self.eps = block.width, depth, block.norm_eps
         width = block.width
         self.conditioner = conditioner
-        self.embed = Linear(code_width, width)
+        self.around = around
+        self.embed = Linear(code_width * (around.places if around else 1), width)
         self.start = nn.Parameter(torch.empty(starts, width))
         self.level = nn.Embedding(levels, width)
         self.shared_modulation = Linear(width, 6 * width) if block.shared_modulation else None
@@ -99,6 +102,8 @@ class ScaleTransformer(Generator):
             per_row(t, 1, branches).to(device)
             for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
         )
+        if self.around is not None:
+            vectors = self.around(vectors, step.feed.ids.clamp(min=0).to(device))
         h = rows(self.embed(vectors.to(self.embed.weight.dtype)), branches)
         if starts:
             first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]

@@ -18,6 +18,7 @@ from varkit.generators.scale_transformer import ScaleTransformer
 from varkit.generators.text import TextConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.adaln import BlockConfig
+from varkit.nn.surroundings import Surroundings
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
@@ -27,7 +28,8 @@ from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 class VARConfig:
     """Published sizes: width = 64 x depth, heads = depth, stochastic depth 0.1 x depth / 24 (`VARConfig.published`).
 
-    adaln_init: factor on the modulation rows that gate the residual branches (the paper's alng).
+    adaln_init: factor on the modulation rows that gate the residual branches (the paper's alng). reach: grid steps
+    around a slot whose vectors are embedded with its own (a convolution; 0 as published).
     """
 
     depth: int
@@ -42,12 +44,15 @@ class VARConfig:
     drop_path: float = 0.0
     adaln_init: float = 1e-3
     norm_eps: float = 1e-6
+    reach: int = 0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise UserError(f"width {self.width} is not a multiple of {self.heads} heads; change one of them")
         if self.depth < 1:
             raise UserError(f"depth {self.depth} is below 1; a generator needs at least one block")
+        if self.reach < 0:
+            raise UserError(f"reach {self.reach} is negative; use 0 to embed a slot by itself, 1 for 3 x 3")
 
     @classmethod
     def published(cls, depth: int, schedule: tuple[Side, ...], **rest) -> "VARConfig":
@@ -89,8 +94,9 @@ class VAR(ScaleTransformer):
             conditioner.memory_width, config.norm_eps,
         )  # fmt: skip
         starts, levels = schedule.lengths[0], len(schedule)
+        around = Surroundings(schedule, config.reach) if config.reach else None
         super().__init__(
-            conditioner, block, config.depth, config.code_width, starts, levels, config.drop_path
+            conditioner, block, config.depth, config.code_width, starts, levels, config.drop_path, around
         )
         self.config = config
         self.position = nn.Parameter(torch.empty(schedule.total, width))
