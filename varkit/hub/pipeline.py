@@ -197,20 +197,34 @@ class Pipeline:
         seed: int = 0,
         samples: Sequence[int] | None = None,
         settings: Settings | None = None,
+        negative: Prompt | None = None,
     ) -> State:
-        """A decoding state for B prompts; `samples` are their numbers in the seed's stream (0 to B - 1)."""
+        """A decoding state for B prompts; `samples` are their numbers in the seed's stream (0 to B - 1).
+
+        negative: what guidance leads away from, in place of nothing in particular.
+        """
         numbers = range(len(prompts)) if samples is None else samples
-        return self.start_from(self.conditions(prompts), seed, numbers, settings or self.settings)
+        away = None if negative is None else self.conditions([negative] * len(prompts))
+        return self.start_from(self.conditions(prompts), seed, numbers, settings or self.settings, away)
 
     @torch.no_grad()
     def start_from(
-        self, condition: Condition, seed: int, samples: Sequence[int], settings: Settings
+        self,
+        condition: Condition,
+        seed: int,
+        samples: Sequence[int],
+        settings: Settings,
+        negative: Condition | None = None,
     ) -> State:
-        """A decoding state for a condition (1, B, ...); guidance adds the null condition as a second branch."""
+        """A decoding state for a condition (1, B, ...); guidance adds the null condition, or `negative`, as a second
+        branch. Raises `UserError` for a negative condition without guidance.
+        """
         combine, pick, batch = settings.combine(), settings.sampler(), len(samples)
         if not combine.off:
-            null = self.generator.conditioner.null(condition)
-            condition = {k: torch.cat([v, null[k]]) for k, v in condition.items()}
+            away = negative or self.generator.conditioner.null(condition)
+            condition = {k: torch.cat([v, away[k]]) for k, v in condition.items()}
+        elif negative is not None:
+            raise UserError(f"a negative prompt needs guidance, which is {settings.guidance}; set it above 1")
         sampler = SmoothSampler(pick, self._codebook()) if settings.smooth else pick
         cache = self.how.cache(batch, 1 if combine.off else 2, self.model.plan.slots)
         how = self.how
@@ -246,6 +260,7 @@ class Pipeline:
         batch_size: int = DEFAULT_BATCH,
         settings: Settings | None = None,
         samples: Sequence[int] | None = None,
+        negative: Prompt | None = None,
     ) -> Iterator[State]:
         """A state for each batch of prompts, in order: prompt i draws from sample i of `seed`, whatever the batch, or
         from the i-th of `samples`.
@@ -253,13 +268,13 @@ class Pipeline:
         numbers = range(len(prompts)) if samples is None else samples
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
-            yield self.start(prompts[batch], seed, numbers[batch], settings)
+            yield self.start(prompts[batch], seed, numbers[batch], settings, negative)
 
     def stream(
-        self, prompts: Sequence[Prompt], seed: int = 0, **settings: Any
+        self, prompts: Sequence[Prompt], seed: int = 0, negative: Prompt | None = None, **settings: Any
     ) -> Iterator[list[Image.Image]]:
         """The pictures so far, after each step; the last are the finished ones. `settings` replace the model's own."""
-        state = self.start(prompts, seed, settings=replace(self.settings, **settings))
+        state = self.start(prompts, seed, settings=replace(self.settings, **settings), negative=negative)
         for _ in decode(self.model, state):
             yield self.pictures(state)
 
@@ -269,15 +284,17 @@ class Pipeline:
         n: int = 1,
         seed: int = 0,
         batch_size: int = DEFAULT_BATCH,
+        negative: Prompt | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
         """`n` pictures for each prompt, prompt after prompt.
 
-        Picture i draws from sample i of `seed`, whatever the batch size. `settings` replace the model's own: guidance,
-        temperature, top_k, top_p, smooth. Raises `UserError` for unknown words or labels, n below 1, a negative seed.
+        Picture i draws from sample i of `seed`, whatever the batch size. negative: a prompt that guidance leads away
+        from. `settings` replace the model's own: guidance, temperature, top_k, top_p, smooth. Raises `UserError` for
+        unknown words or labels, n below 1, a negative seed.
         """
         chosen = replace(self.settings, **settings)
-        states = self.starts(self.jobs(prompts, n), seed, batch_size, chosen)
+        states = self.starts(self.jobs(prompts, n), seed, batch_size, chosen, negative=negative)
         return [image for state in states for image in self.pictures(run(self.model, state))]
 
     def jobs(self, prompts: Prompt | Sequence[Prompt], n: int) -> Sequence[Prompt]:
