@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	# torch by itself and pinned: left to the resolver, a newer build of several gigabytes may come instead
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[data,plots,dev]' -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[data,plots,text,studio,serve,ray,dev]' -c constraints.txt
 	touch $@
 
 demo: $(STAMP)
