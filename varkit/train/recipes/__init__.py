@@ -1,0 +1,35 @@
+"""Recipes: everything that makes a model from pictures, by name. `folder_recipe` fits one to a folder of any size.
+
+Sizes were chosen by measurement on two cores; `docs/log.md` tells what else was tried.
+"""
+
+from varkit.data.base import Dataset
+from varkit.data.registry import BUILT_IN, open_dataset
+from varkit.errors import UserError, unknown_name
+from varkit.train.recipes.digits import digits, digits_raster
+from varkit.train.recipes.folder import folder_recipe
+from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
+from varkit.train.recipes.scenes import scenes
+
+__all__ = [
+    "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digits", "digits_raster", "find_recipe",
+    "folder_recipe", "scenes",
+]  # fmt: skip
+
+RECIPES = {"scenes": scenes, "digits": digits, "digits-raster": digits_raster}
+
+
+def find_recipe(spec: str) -> tuple[Recipe, Dataset]:
+    """The recipe called `spec`, or one for the data set (by name), folder or array file it names, with its data."""
+    if spec in RECIPES:
+        recipe = RECIPES[spec]()
+        return recipe, open_dataset(recipe.dataset)
+    try:
+        dataset = open_dataset(spec)
+    except UserError as error:
+        if str(error).startswith("unknown dataset"):
+            raise unknown_name(
+                "recipe", spec, {*RECIPES, *BUILT_IN}, "A folder of pictures works too."
+            ) from error
+        raise
+    return folder_recipe(spec, dataset), dataset

@@ -1,0 +1,67 @@
+"""A recipe: everything that makes a model from pictures."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from varkit.generators.infinity import InfinityConfig
+from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.mar import MARConfig
+from varkit.generators.pixelcnn import PixelCNNConfig
+from varkit.generators.var import VARConfig
+from varkit.hub.pipeline import Settings
+from varkit.tokenizers.bitwise import BitwiseConfig
+from varkit.tokenizers.kl import KLConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.tokenizers.pixels import PixelsConfig
+from varkit.tokenizers.vq import VQConfig
+from varkit.train.lessons import Lessons, WholePlan
+from varkit.train.task import TrainConfig
+from varkit.train.tokenizer_loss import TokenizerLossConfig
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """How the tokenizer is built and trained, None for one that has nothing to learn. share: part of `--minutes` that
+    it gets.
+
+    decoder: how its decoder goes on alone afterwards, for the squared error; with `--minutes`, a fifth of the share.
+    """
+
+    config: MultiScaleVQConfig | VQConfig | BitwiseConfig | KLConfig | PixelsConfig
+    train: TrainConfig | None
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    batch_size: int = 32
+    share: float = 0.35
+    decoder: TrainConfig | None = None
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe:
+    """How the generator is built and trained, and over how many encoded pictures.
+
+    progressive: the part of the run by which all scales have joined (VAR's progressive training); 0 trains all at once.
+    teach(tokenizer, plan) makes the lessons. settings: how the model samples by default.
+    parts: configurations in place of the head or plan that the generator has by default, by name.
+    """
+
+    config: VARConfig | LlamaGenConfig | InfinityConfig | MARConfig | PixelCNNConfig
+    train: TrainConfig
+    batch_size: int = 64
+    pictures: int = 4096
+    condition_drop: float = 0.1
+    progressive: float = 0.0
+    teach: Callable[[Any, Any], Lessons] = WholePlan
+    settings: Settings = Settings()
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name, the data set it is made from, and both stages. prompts: what sample grids ask for."""
+
+    name: str
+    dataset: str
+    tokenizer: TokenizerRecipe
+    generator: GeneratorRecipe
+    prompts: tuple[str | int, ...] = field(default=())

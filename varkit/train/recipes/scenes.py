@@ -1,0 +1,65 @@
+"""Captioned scenes at 64 x 64, by each family that has text models here."""
+
+from functools import partial
+
+from varkit.data.captions import WORDS
+from varkit.generators.text import TextConfig
+from varkit.generators.var import VARConfig
+from varkit.hub.pipeline import Settings
+from varkit.plans.schedule import Side
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.tokenizers.patch import PatchEncoderConfig
+from varkit.train.lessons import WholePlan
+from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
+from varkit.train.task import TrainConfig
+
+PYRAMID: tuple[Side, ...] = (1, 2, 3, 4, 6, 8)
+TEXT = TextConfig(vocabulary=tuple(WORDS), length=24, width=192, depth=4, heads=6)
+PROMPTS = (
+    "two red circles on a beige background", "a green ring left of an orange heart", "three blue stars",
+    "a small white cross above a large purple square on a navy background", "a yellow triangle",
+    "four black diamonds", "a blue square and a red heart", "a white star on a teal background",
+)  # fmt: skip
+
+
+def scenes() -> Recipe:
+    """Captioned scenes at 64 x 64: the bundled text model."""
+    tokenizer = MultiScaleVQConfig(
+        ConvConfig(128, multipliers=(1, 1), res_blocks=1, latent_channels=32, attention=False, groups=0, patch=4),
+        vocab_size=1024, code_channels=16, schedule=PYRAMID, rate=1.0, encoder=PatchEncoderConfig(),
+    )  # fmt: skip
+    generator = VARConfig(
+        depth=8,
+        width=192,
+        heads=3,
+        schedule=PYRAMID,
+        code_width=16,
+        condition=TEXT,
+        shared_modulation=True,
+        adaln_init=0.5,
+    )
+    return Recipe(
+        "scenes",
+        "scenes",
+        TokenizerRecipe(
+            tokenizer,
+            TrainConfig(
+                steps=8000, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16", channels_last=True
+            ),
+            batch_size=16,
+            decoder=TrainConfig(
+                steps=2000, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16", channels_last=True
+            ),
+        ),
+        GeneratorRecipe(
+            generator,
+            TrainConfig(
+                steps=18_000, lr=2e-3, dtype="bfloat16", warmup=200, schedule="wsd", final=0.02, optimizer="muon"
+            ),
+            pictures=384_000,
+            teach=partial(WholePlan, step_power=0.5),
+            settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
+        ),
+        prompts=PROMPTS,
+    )  # fmt: skip
