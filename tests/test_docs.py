@@ -22,6 +22,8 @@ from varkit.errors import UserError
 from varkit.hub.pipeline import bundled
 from varkit.nn.attention import Packed
 from varkit.plans.join import pack
+from varkit.tokenizers.bitwise import BitwiseConfig
+from varkit.tokenizers.kl import KLConfig
 from varkit.train.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +177,17 @@ def test_the_order_of_the_example_keeps_the_contract():
         assert (cached[k] - twin).abs().max() <= 1e-9 * twin.std()
 
 
+def token_size(config: Any) -> str:
+    """How large a token is, in the words of docs/training.md."""
+    if isinstance(config, BitwiseConfig):
+        return f"{config.conv.latent_channels * config.patch**2} bits a token"
+    return (
+        f"{config.token_channels} numbers a token"
+        if isinstance(config, KLConfig)
+        else f"{config.vocab_size} codes"
+    )
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_the_table_of_recipes_has_the_recipes_own_figures(name: str):
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -183,7 +196,7 @@ def test_the_table_of_recipes_has_the_recipes_own_figures(name: str):
     stages = (recipe.tokenizer, recipe.generator)
     sizes = [sum(p.numel() for p in stage.config.build().parameters()) / 1e6 for stage in stages]
     lengths = [stage.train.steps or stage.train.minutes for stage in stages]
-    figures = [*(f"{size:.1f} M" for size in sizes), f"{recipe.tokenizer.config.vocab_size} codes"]
+    figures = [*(f"{size:.1f} M" for size in sizes), token_size(recipe.tokenizer.config)]
     missing = [figure for figure in [*figures, *(f"{length:g}" for length in lengths)] if figure not in row]
     assert not missing, f"the recipe {name!r} has {missing}, docs/training.md says {row}"
 

@@ -1,5 +1,6 @@
-"""Captioned scenes at 64 x 64, by each family that has text models here."""
+"""Captioned scenes at 64 x 64: the bundled text model, and what text models of other families share with it."""
 
+from dataclasses import replace
 from functools import partial
 
 from varkit.data.captions import WORDS
@@ -16,6 +17,18 @@ from varkit.train.task import TrainConfig
 
 PYRAMID: tuple[Side, ...] = (1, 2, 3, 4, 6, 8)
 TEXT = TextConfig(vocabulary=tuple(WORDS), length=24, width=192, depth=4, heads=6)
+CONV = ConvConfig(
+    128, multipliers=(1, 1), res_blocks=1, latent_channels=32, attention=False, groups=0, patch=4
+)
+"""Patches of 8 pixels, by convolutions that normalise each position by itself, so that equal patches are equal."""
+
+TOKENIZER_TRAIN = TrainConfig(
+    steps=8000, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16", channels_last=True
+)
+DECODER_TRAIN = replace(TOKENIZER_TRAIN, steps=2000, lr=7e-4)
+GENERATOR_TRAIN = TrainConfig(
+    steps=6000, lr=2e-3, dtype="bfloat16", warmup=200, schedule="wsd", final=0.02, optimizer="muon"
+)
 PROMPTS = (
     "two red circles on a beige background", "a green ring left of an orange heart", "three blue stars",
     "a small white cross above a large purple square on a navy background", "a yellow triangle",
@@ -24,11 +37,10 @@ PROMPTS = (
 
 
 def scenes() -> Recipe:
-    """Captioned scenes at 64 x 64: the bundled text model."""
+    """VAR over a patch-wise residual pyramid: the bundled text model."""
     tokenizer = MultiScaleVQConfig(
-        ConvConfig(128, multipliers=(1, 1), res_blocks=1, latent_channels=32, attention=False, groups=0, patch=4),
-        vocab_size=1024, code_channels=16, schedule=PYRAMID, rate=1.0, encoder=PatchEncoderConfig(),
-    )  # fmt: skip
+        CONV, vocab_size=1024, code_channels=16, schedule=PYRAMID, rate=1.0, encoder=PatchEncoderConfig()
+    )
     generator = VARConfig(
         depth=8,
         width=192,
@@ -42,24 +54,13 @@ def scenes() -> Recipe:
     return Recipe(
         "scenes",
         "scenes",
-        TokenizerRecipe(
-            tokenizer,
-            TrainConfig(
-                steps=8000, lr=1.5e-3, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16", channels_last=True
-            ),
-            batch_size=16,
-            decoder=TrainConfig(
-                steps=2000, lr=7e-4, weight_decay=1e-4, clip=1.0, final=0.02, dtype="bfloat16", channels_last=True
-            ),
-        ),
+        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=DECODER_TRAIN),
         GeneratorRecipe(
             generator,
-            TrainConfig(
-                steps=18_000, lr=2e-3, dtype="bfloat16", warmup=200, schedule="wsd", final=0.02, optimizer="muon"
-            ),
+            replace(GENERATOR_TRAIN, steps=18_000),
             pictures=384_000,
             teach=partial(WholePlan, step_power=0.5),
             settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
         ),
         prompts=PROMPTS,
-    )  # fmt: skip
+    )
