@@ -50,6 +50,7 @@ def scenes() -> Recipe:
         condition=TEXT,
         shared_modulation=True,
         adaln_init=0.5,
+        reach=1,
     )
     return Recipe(
         "scenes",
@@ -57,7 +58,8 @@ def scenes() -> Recipe:
         TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=DECODER_TRAIN),
         GeneratorRecipe(
             generator,
-            replace(GENERATOR_TRAIN, steps=18_000),
+            replace(GENERATOR_TRAIN, steps=36_000, lr=1.5e-3),
+            batch_size=32,
             pictures=384_000,
             teach=partial(WholePlan, step_power=0.5),
             settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
