@@ -21,7 +21,7 @@ TIERS = (
     ("decode",),
     ("hub", "evaluate"),
     ("train", "adapt", "edit", "video", "beyond"),
-    ("catalog",),
+    ("catalog", "bench"),
     ("cli", "serve", "studio"),
 )
 """Rooms by what they may use: their own tier and those above it in this list (rooms of one tier, without a cycle)."""

@@ -61,6 +61,7 @@ from varkit.cli.runner import run_guarded
 from varkit.errors import UserError, unknown_name
 
 COMMANDS: dict[str, str] = {
+    "bench": "varkit.cli.bench:Bench",
     "convert": "varkit.cli.convert:Convert",
     "edit": "varkit.cli.edit:Edit",
     "evaluate": "varkit.cli.evaluate:Evaluate",

@@ -1,0 +1,120 @@
+"""One picture at a time: seconds by part, the work each part does, and the time that the machine needs for it at least.
+
+result = measure(pipeline, condition, rounds=5)
+result["parts"]["generator"]["fraction_of_limit"]
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from varkit.bench.machine import Limits, limits
+from varkit.bench.parts import Parts
+from varkit.bench.work import Product, Work
+from varkit.decode.loop import run
+from varkit.generators.base import Condition
+from varkit.hub.pipeline import Pipeline
+
+SEED = 0
+
+
+def measure(pipeline: Pipeline, condition: Condition, rounds: int = 5) -> dict[str, Any]:
+    """Time whole pictures with the pipeline's own settings, and state what limits them.
+
+    condition: of one sample, each tensor (1, 1, ...). Medians over rounds, after one to warm up. `seconds` is the
+    whole, `limit` the least time for its matrix work on this machine; `parts` says both of each part.
+    """
+    parts = Parts()
+    with _Charged(pipeline, parts) as charged:
+        work = Work(lambda: parts.current)
+        with work:
+            _picture(charged, condition, parts)
+        seconds = [_timed(charged, condition, parts) for _ in range(rounds)]
+    dtype = next(pipeline.generator.parameters()).dtype
+    found = limits((p for products in work.products.values() for p in products), dtype)
+    told = {}
+    for name in sorted({name for times in seconds for name in times}):
+        spent = statistics.median(times.get(name, 0.0) for times in seconds)
+        told[name] = _told(spent, work.products.get(name, Counter()), found)
+    total = statistics.median(sum(times.values()) for times in seconds)
+    least = sum(part["limit"] for part in told.values())
+    return {
+        "seconds": total,
+        "limit": least,
+        "fraction_of_limit": least / total,
+        "parts": told,
+        "flops_per_second": found.flops,
+        "bytes_per_second": found.bytes,
+        "rounds": rounds,
+    }
+
+
+class _Charged:
+    """A pipeline whose parts are charged for their time, until the context ends."""
+
+    def __init__(self, pipeline: Pipeline, parts: Parts) -> None:
+        self.pipeline, self.parts = pipeline, parts
+
+    def __enter__(self) -> Pipeline:
+        pipeline, parts = self.pipeline, self.parts
+        self._wrapped: list[tuple[Any, str]] = []
+        self._wrap(pipeline.generator, "forward", "generator")
+        self._wrap(pipeline.generator, "prepare", "condition")
+        for head in pipeline.model.heads.values():
+            self._wrap(head, "sample", "head")
+        wrap = pipeline.how.wrap
+        return pipeline.using(wrap=lambda pick: parts.wrap("sampling", wrap(pick)))
+
+    def __exit__(self, *error: object) -> None:
+        for owner, name in self._wrapped:
+            delattr(owner, name)  # the class's own shows again
+
+    def _wrap(self, owner: Any, name: str, part: str) -> None:
+        setattr(owner, name, self.parts.wrap(part, getattr(owner, name)))
+        self._wrapped.append((owner, name))
+
+
+def _picture(pipeline: Pipeline, condition: Condition, parts: Parts) -> None:
+    state = run(pipeline.model, pipeline.start_from(condition, SEED, [0], pipeline.settings))
+    with parts.of("decoder"):
+        pipeline.pictures(state)
+
+
+def _timed(pipeline: Pipeline, condition: Condition, parts: Parts) -> dict[str, float]:
+    parts.reset()
+    _picture(pipeline, condition, parts)
+    parts.settle()
+    return dict(parts.seconds)
+
+
+def _told(seconds: float, products: Counter[Product], found: Limits) -> dict[str, float]:
+    least = _total(found.seconds(p) * n for p, n in products.items())
+    return {
+        "seconds": seconds,
+        "limit": least,
+        "fraction_of_limit": least / seconds if seconds else 0.0,
+        "flops": _total(p.flops * n for p, n in products.items()),
+        "bytes": _total(p.bytes * n for p, n in products.items()),
+    }
+
+
+def _total(numbers: Iterable[float]) -> float:
+    return float(sum(numbers))
+
+
+def any_condition(pipeline: Pipeline) -> Condition:
+    """A condition of one sample, whatever the model takes: label 0, an empty prompt, or random features."""
+    wanted = pipeline.condition
+    if hasattr(wanted, "classes"):
+        return {"label": torch.zeros(1, 1, dtype=torch.int64)}
+    if hasattr(wanted, "vocabulary"):
+        return pipeline.conditions([""])
+    features = torch.randn(1, 1, PROMPT, wanted.width, generator=torch.Generator().manual_seed(SEED))
+    return {"features": features, "mask": torch.ones(1, 1, PROMPT, dtype=torch.bool)}
+
+
+PROMPT = 16
+"""Tokens of a prompt of features."""
