@@ -17,6 +17,7 @@ from varkit.bench.work import Product, Work
 from varkit.cli.main import main
 from varkit.hub.pipeline import Settings
 from varkit.hub.states import build_empty
+from varkit.nn.linear import linear
 
 
 def test_time_within_an_inner_part_is_the_inner_ones_alone():
@@ -47,10 +48,14 @@ def test_products_convolutions_and_attention_are_counted_exactly():
         F.linear(x, w, b)
         F.conv2d(image, filters, padding=1)
         F.scaled_dot_product_attention(q, k, k)
+        linear(torch.randn(2, 3, 512), torch.randn(256, 512))
     counted = {p.op: p for p in work.products["here"]}
-    linear = counted.pop("addmm")
-    assert linear.flops == 2 * 5 * 3 * 7 and linear.bytes == 4 * (5 * 3 + 7 * 3 + 7 + 5 * 7)
+    small = counted.pop("addmm")
+    assert small.flops == 2 * 5 * 3 * 7 and small.bytes == 4 * (5 * 3 + 7 * 3 + 7 + 5 * 7)
     assert counted.pop("convolution").flops == 2 * 36 * 2 * 9 * 4
+    large = next(p for p in counted.values() if 2 * 6 * 512 * 256 == p.flops)
+    assert large.bytes == 4 * (6 * 512 + 512 * 256 + 6 * 256)
+    del counted[large.op]
     (attention,) = counted.values()
     assert attention.flops == 2 * (2 * 2 * 4 * 6 * 8)
     assert set(work.products["here"].values()) == {1}

@@ -8,7 +8,15 @@ from varkit.heads import categorical
 from varkit.heads.categorical import CategoricalHead
 from varkit.nn import attention
 from varkit.nn.attention import CosineNorm, View, attend
-from varkit.nn.linear import convolution_linear
+from varkit.nn.linear import (
+    Linear,
+    _has_onednn_linear,
+    convolution_linear,
+    linear,
+    linear_gelu,
+    onednn_linear,
+)
+from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -106,3 +114,47 @@ def test_the_convolution_is_the_linear_at_any_number_of_threads(threads: int) ->
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
     finally:
         torch.set_num_threads(before)
+
+
+needs_onednn = pytest.mark.skipif(not _has_onednn_linear(), reason="this torch has no such operator")
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [(1,), (18,), (2, 130)])
+def test_onednns_linear_is_the_linear(rows: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(*rows, 256), torch.randn(512, 256), torch.randn(512)
+    with torch.no_grad():
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        assert relative(onednn_linear(x, weight, bias), exact) < 1e-6
+        assert relative(onednn_linear(x, weight, None), exact - bias) < 1e-6
+        assert relative(linear(x, weight, bias), exact) < 1e-6
+        strided = weight.T.contiguous().T
+        assert relative(linear(x, strided, bias), exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_the_fused_activation_is_as_exact_as_the_separate_one(approximate: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(64, 96).to(dtype), torch.randn(3, 7, 64).to(dtype)
+    wide = Linear(64, 96).double()
+    wide.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        exact = F.gelu(wide(x.double()), approximate=approximate)
+        separate = F.gelu(layer(x), approximate=approximate)
+        assert relative(linear_gelu(x, layer, approximate), exact) < 1.5 * relative(separate, exact) + 1e-7
+    inputs = [x.requires_grad_(), *layer.parameters()]
+    assert all(g.any() for g in torch.autograd.grad(linear_gelu(x, layer, approximate).sum(), inputs))
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_channels_last_convolutions_are_the_plain_ones(groups: int) -> None:
+    torch.manual_seed(0)
+    config = ConvConfig(16, multipliers=(1, 2), res_blocks=1, latent_channels=4, groups=groups)
+    encoder, decoder, images = Encoder(config), Decoder(config), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        features = encoder(images)
+        rebuilt = decoder(features)
+    assert relative(features, encoder(images)) < 1e-6
+    assert relative(rebuilt, decoder(features)) < 1e-6

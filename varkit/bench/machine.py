@@ -4,6 +4,7 @@ The limit of a product is the longer of both times (a roofline, Williams et al. 
 Legend: N rows, I inputs, O outputs.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkit.bench.work import Product, Shape
-from varkit.nn.linear import convolution_linear
+from varkit.bench.work import ONEDNN_LINEAR, Product, Shape
+from varkit.nn.linear import convolution_linear, onednn_linear
 
 LARGEST = 4
 """Shapes of each kind, those with most operations, whose kernels are timed."""
@@ -59,7 +60,7 @@ def _largest(products: Iterable[Product]) -> Iterator[Product]:
 
 
 def _kind(product: Product) -> str:
-    if product.op in ("mm", "addmm"):
+    if product.op in ("mm", "addmm", ONEDNN_LINEAR):
         return "linear"
     return "convolution" if product.op in ("convolution", "_convolution") else "other"
 
@@ -67,8 +68,7 @@ def _kind(product: Product) -> str:
 def _kernels(product: Product, dtype: torch.dtype) -> Iterator[Callable[[], Tensor]]:
     """The same amount of work by each kernel that there is for it."""
     if _kind(product) == "linear":
-        (rows, inputs), (_, outputs) = product.shapes[-2:]
-        yield from _linears(rows, inputs, outputs, dtype)
+        yield from _linears(*_as_linear(product), dtype)
         return
     image, filters = product.shapes[:2]
     rows, inputs = _unfolded(image, filters)
@@ -82,6 +82,15 @@ def _kernels(product: Product, dtype: torch.dtype) -> Iterator[Callable[[], Tens
     yield lambda: F.conv2d(last_x, last_w, padding=padding)
 
 
+def _as_linear(product: Product) -> tuple[int, int, int]:
+    """Rows, inputs and outputs."""
+    if product.op == ONEDNN_LINEAR:
+        x, weight = product.shapes[:2]
+        return math.prod(x[:-1]), x[-1], weight[0]
+    (rows, inputs), (_, outputs) = product.shapes[-2:]
+    return rows, inputs, outputs
+
+
 def _unfolded(image: Shape, filters: Shape) -> tuple[int, int]:
     """Rows and inputs of the product that a convolution is, at stride 1."""
     return image[0] * image[2] * image[3], filters[1] * filters[2] * filters[3]
@@ -91,6 +100,8 @@ def _linears(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Iterat
     x, w = torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
     yield lambda: F.linear(x, w)
     yield lambda: convolution_linear(x, w)
+    if dtype != torch.float64:
+        yield lambda: onednn_linear(x, w, None)
 
 
 def _best(run: Callable[[], object], rounds: int) -> float:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 aten = torch.ops.aten
+ONEDNN_LINEAR = "mkldnn._linear_pointwise"
 Shape = tuple[int, ...]
 
 
@@ -53,6 +54,9 @@ class Work(TorchDispatchMode):
 def _flops(packet: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return sdpa_flop_count(*(t.shape for t in args[:3]))
+    if str(packet) == ONEDNN_LINEAR:
+        x, weight = args[:2]
+        return 2 * x.numel() * weight.shape[0]
     count = flop_registry.get(packet)
     return 0 if count is None else count(*args, **kwargs, out_val=out)
 

@@ -1,8 +1,9 @@
 """The library's linear layer: one place where the matrix kernel is chosen.
 
-On AMD processors the stock float32 path (MKL) stays behind what oneDNN reaches, and oneDNN's convolutions are
-differentiable, so on CPUs a large product runs as a 1 x 1 convolution over a channels-last view (no copy).
-`F.linear` is the twin.
+On AMD processors the stock float32 path (MKL) stays behind what oneDNN reaches, by a little for many rows and by three
+times for the few dozen of a coarse scale. Without gradients oneDNN's own linear is called; with them a large product
+runs as a 1 x 1 convolution over a channels-last view (no copy), since oneDNN's convolutions are differentiable.
+`F.linear` is the twin of both.
 Legend: N rows, I inputs, O outputs.
 """
 
@@ -14,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SMALLEST_WORK = (
-    2**24
-)  # multiply-adds below which the detour costs more than it gains (measured on two Zen 4 cores)
+_SMALLEST_WORK = 2**18
+"""Multiply-adds below which nothing but `F.linear` is worth a call."""
+
+_SMALLEST_CONVOLUTION = 2**24
+"""Multiply-adds below which that detour costs more than it gains (measured on two Zen 4 cores)."""
 
 
 @functools.cache
@@ -27,19 +30,43 @@ def _is_amd() -> bool:
     return info.exists() and "AuthenticAMD" in info.read_text()[:4096]
 
 
+@functools.cache
+def _has_onednn_linear() -> bool:
+    """Whether this torch offers oneDNN's linear as an operator (it does for its compiler, not as a public function)."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I), weight (O, I), bias (O,) -> (..., O), by the kernel that measured fastest for this size and dtype."""
-    rows = x.numel() // x.shape[-1]
-    big = rows * weight.numel() >= _SMALLEST_WORK
-    if (
-        big
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and _is_amd()
-        and torch.backends.mkldnn.enabled
-    ):
-        return convolution_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    work = x.numel() // x.shape[-1] * weight.numel()
+    if work < _SMALLEST_WORK or x.dtype != torch.float32 or not _on_onednn(x) or not _is_amd():
+        return F.linear(x, weight, bias)
+    if not _needs_gradients(x, weight) and _has_onednn_linear():
+        return onednn_linear(x, weight, bias)
+    return convolution_linear(x, weight, bias) if work >= _SMALLEST_CONVOLUTION else F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, layer: "Linear", approximate: str) -> Tensor:
+    """gelu of the layer's output; in one kernel where there is one, which spares a pass over the memory."""
+    fused = x.dtype in (torch.float32, torch.bfloat16) and _on_onednn(x) and _has_onednn_linear()
+    if not fused or _needs_gradients(x, layer.weight):
+        return F.gelu(layer(x), approximate=approximate)
+    return onednn_linear(x, layer.weight, layer.bias, "gelu", approximate)
+
+
+def onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""
+) -> Tensor:
+    """oneDNN's linear, which has no gradient, and an activation on its result."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+
+
+def _on_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+
+
+def _needs_gradients(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def convolution_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
