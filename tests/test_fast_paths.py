@@ -15,6 +15,7 @@ from varkit.nn.linear import (
     linear,
     linear_gelu,
     onednn_linear,
+    pack,
 )
 from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder
 
@@ -158,3 +159,31 @@ def test_channels_last_convolutions_are_the_plain_ones(groups: int) -> None:
         rebuilt = decoder(features)
     assert relative(features, encoder(images)) < 1e-6
     assert relative(rebuilt, decoder(features)) < 1e-6
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_used_until_they_change(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(64, 96).to(dtype), torch.randn(5, 64).to(dtype)
+    used: list[torch.Tensor] = []
+
+    def watched(x, weight, *rest):
+        used.append(weight)
+        return onednn_linear(x, weight, *rest)
+
+    with torch.no_grad():
+        plain = layer(x)
+        pack(torch.nn.Sequential(layer))
+        monkeypatch.setattr("varkit.nn.linear.onednn_linear", watched)
+        assert relative(layer(x), plain) < 1e-6 and used[-1].is_mkldnn
+        assert relative(linear_gelu(x, layer, "tanh"), F.gelu(plain, approximate="tanh")) < 0.01
+        layer.weight.mul_(2)
+        assert relative(layer(x) - layer.bias, 2 * (plain - layer.bias)) < 0.01
+        layer.load_state_dict(Linear(64, 96).state_dict())
+        assert relative(layer(x), F.linear(x, layer.weight, layer.bias)) < 1e-6
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert list(layer.state_dict()) == ["weight", "bias"]

@@ -19,6 +19,8 @@ class Bench:
     """What the model computes in."""
     rounds: int = 5
     """Pictures timed, after one to warm up; medians are shown."""
+    packed: bool = False
+    """Lay the weights out for oneDNN first (`Pipeline.packed`)."""
     json: bool = False
     """Print one JSON object."""
 
@@ -36,12 +38,15 @@ class Bench:
 
         pipeline = released(self.what) if self.what in RELEASED else load(self.what)
         pipeline = pipeline.to(getattr(torch, self.dtype))
+        if self.packed:
+            pipeline.packed()
         if not self.json:
             log(f"drawing {self.rounds + 2} pictures, one at a time")
         result = measure(pipeline, any_condition(pipeline), self.rounds)
         facts = {
             "what": self.what,
             "dtype": self.dtype,
+            "packed": self.packed,
             "batch": 1,
             "size": list(pipeline.size),
             "guidance": pipeline.settings.guidance,

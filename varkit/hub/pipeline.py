@@ -29,6 +29,7 @@ from varkit.generators.base import Condition
 from varkit.generators.conditioning import ClassConfig
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import CONFIG, load_parts, save_parts
+from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
 from varkit.plans.ratios import sized
@@ -134,6 +135,14 @@ class Pipeline:
         for part in self.parts.values():
             if isinstance(part, torch.nn.Module):
                 part.to(*args, **kwargs)
+        return self
+
+    def packed(self) -> "Pipeline":
+        """This pipeline with its generator's and heads' weights laid out for oneDNN, beside themselves: faster on CPUs
+        where few rows meet large weights, at twice the memory.
+        """
+        for part in (self.generator, *self.model.heads.values()):
+            pack(part)
         return self
 
     @property
