@@ -17,20 +17,18 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rounds import Step, alternate
 from torch import Tensor, nn
 
 from varkit.cli.console import log, print_table
@@ -67,8 +65,6 @@ LINEARS = {
     "head": (WIDTH, VOCABULARY, 1),
 }
 """Inputs, outputs and number of the linears over tokens; those over conditions are a thousandth of the work."""
-
-Step = Callable[[], Any]
 
 
 def main() -> None:
@@ -122,32 +118,6 @@ def flops() -> int:
     attention = DEPTH * 2 * 2 * TOKENS * TOKENS * WIDTH
     conditions = DEPTH * 2 * WIDTH * 6 * WIDTH
     return 3 * (linears + attention + conditions + 2 * TOKENS * CODE_WIDTH * WIDTH)
-
-
-def alternate(makers: dict[str, Callable[[], Step]], rounds: int, warm: int = 2) -> dict[str, float]:
-    """Median seconds of each, measured in turn; the processes of the others wait meanwhile."""
-    context = get_context("spawn")
-    times: dict[str, list[float]] = {name: [] for name in makers}
-    lines = {}
-    for name, make in makers.items():
-        lines[name], theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make), daemon=True).start()
-    for _ in range(warm + rounds):
-        for name, line in lines.items():
-            line.send(True)
-            times[name].append(line.recv())
-    for line in lines.values():
-        line.send(False)
-    return {name: statistics.median(values[warm:]) for name, values in times.items()}
-
-
-def _serve(line: Connection, make: Callable[[], Step]) -> None:
-    """Take a step, and tell its seconds, whenever asked, until told that it was the last."""
-    step = make()
-    while line.recv():
-        start = time.perf_counter()
-        step()
-        line.send(time.perf_counter() - start)
 
 
 # --- the two implementations ---------------------------------------------------
