@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py WORK --published DIR [--dtype float32|bfloat16|both] [--rounds N]
 
-WORK is var-d16 or mar-base; DIR holds checkouts of the published code (see published_models.py). Batch 1, guidance on,
-pixels included. Each implementation runs in a process of its own, in turn; medians are shown. The limit is
+WORK is var-d16, llamagen-b or mar-base; DIR holds checkouts of the published code (see published_models.py). Batch 1,
+guidance on, pixels included. Each implementation runs in a process of its own, in turn; medians are shown. The limit is
 `varkit bench`'s: the least time for the matrix work at the best rates found here. The last line is JSON.
 """
 

@@ -1,8 +1,8 @@
 """The published implementations as they come, made to run where there is no GPU: one picture each, guidance on.
 
-Nothing of them is bundled: DIR holds checkouts named VAR and mar (github.com/FoundationVision/VAR and LTH14/mar). Each
-has two functions: `save` writes random weights in the published layout, `step` loads them and returns what draws a
-picture. In bfloat16 they run under autocast, as their own scripts do.
+Nothing of them is bundled: DIR holds checkouts named VAR, LlamaGen and mar (of github.com/FoundationVision and
+github.com/LTH14). Each has two functions: `save` writes random weights in the published layout, `step` loads them and
+returns what draws a picture. In bfloat16 they run as their own scripts do: under autocast, LlamaGen as a model cast.
 """
 
 import contextlib
@@ -58,6 +58,45 @@ def _var(folder: Path) -> tuple[nn.Module, Any]:
             else nn.init.constant_(parameter, "norm" in name)
         )
     return vae.eval(), var.eval()
+
+
+def llamagen_save(folder: Path, out: Path) -> None:
+    """LlamaGen-B for 256 tokens, and VQ-16."""
+    vq, gpt = _llamagen(folder)
+    torch.save({"model": vq.state_dict()}, out / "vq_ds16_c2i.pt")
+    torch.save({"model": gpt.state_dict()}, out / "c2i_B_256.pt")
+
+
+def llamagen_step(folder: Path, weights: Path, dtype: str) -> Step:
+    """The demo's call: guidance 4, top-k 2000."""
+    vq, gpt = _llamagen(folder)
+    vq.load_state_dict(torch.load(weights / "vq_ds16_c2i.pt", weights_only=True)["model"])
+    gpt.load_state_dict(torch.load(weights / "c2i_B_256.pt", weights_only=True)["model"])
+    gpt.to(getattr(torch, dtype))
+    with _importing(folder / "LlamaGen"):
+        from autoregressive.models.generate import generate  # type: ignore[import-not-found]
+
+    @torch.no_grad()
+    def step() -> None:
+        ids = generate(
+            gpt, torch.tensor([LABEL]), 256, cfg_scale=4.0, temperature=1.0, top_k=2000, top_p=1.0, sample_logits=True
+        )  # fmt: skip
+        vq.decode_code(ids, [1, 8, 16, 16])
+
+    return step
+
+
+def _llamagen(folder: Path) -> tuple[Any, Any]:
+    with _importing(folder / "LlamaGen"):
+        from autoregressive.models.gpt import GPT_models  # type: ignore[import-not-found]
+        from tokenizer.tokenizer_image.vq_model import VQ_models  # type: ignore[import-not-found]
+    torch.manual_seed(0)
+    vq = VQ_models["VQ-16"](codebook_size=16384, codebook_embed_dim=8)
+    gpt = GPT_models["GPT-B"](
+        vocab_size=16384, block_size=256, num_classes=1000, cls_token_num=1, model_type="c2i"
+    )
+    nn.init.normal_(gpt.output.weight, std=0.02)  # it starts at zero, and all codes would be alike
+    return vq.eval(), gpt.eval()
 
 
 def mar_save(folder: Path, out: Path) -> None:
@@ -152,5 +191,9 @@ def _importing(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-WORKS = {"var-d16": (var_save, var_step), "mar-base": (mar_save, mar_step)}
+WORKS = {
+    "var-d16": (var_save, var_step),
+    "llamagen-b": (llamagen_save, llamagen_step),
+    "mar-base": (mar_save, mar_step),
+}
 """By the name that `varkit bench` has for the same size: what saves weights, what makes a step."""

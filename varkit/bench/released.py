@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
+from varkit.generators.conditioning import ClassConfig
 from varkit.generators.infinity import SIZES, InfinityConfig
+from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Pipeline, Settings
@@ -16,6 +18,7 @@ from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+from varkit.tokenizers.vq import VQConfig
 
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 Configs = dict[str, Any]
@@ -35,6 +38,13 @@ def _var(depth: int) -> tuple[Configs, Settings]:
     return {"tokenizer": tokenizer, **generator.fitted(tokenizer)}, settings
 
 
+def _llamagen(depth: int, width: int) -> tuple[Configs, Settings]:
+    tokenizer = VQConfig(ConvConfig(128, latent_channels=256), 16384, 8, grid=16)
+    condition = ClassConfig(1000)
+    generator = LlamaGenConfig(depth, width, width // 64, 16384, condition, zero_prefix=True)
+    return {"tokenizer": tokenizer, **generator.fitted(tokenizer)}, Settings(guidance=4.0, top_k=2000)
+
+
 def _mar(size: str) -> tuple[Configs, Settings]:
     tokenizer, generator = KLConfig(), MARConfig.published(size)
     configs = {"tokenizer": tokenizer, **generator.fitted(tokenizer)}
@@ -51,6 +61,7 @@ def _infinity(size: str, pixels: str) -> tuple[Configs, Settings]:
 RELEASED: dict[str, Callable[[], tuple[Configs, Settings]]] = {
     "var-d16": lambda: _var(16),
     "var-d20": lambda: _var(20),
+    "llamagen-b": lambda: _llamagen(12, 768),
     "mar-base": lambda: _mar("base"),
     "infinity-125m": lambda: _infinity("layer12", "0.06M"),
 }
