@@ -187,6 +187,13 @@ CASES: dict[str, Case] = {
         _GRID_TOKENIZER, LlamaGenConfig(2, 24, 2, 24, ClassConfig(5), kv_heads=1, multiple_of=16, zero_prefix=True),
         CategoricalConfig(24, 24, bias=False), RasterConfig((3, 4)), labels,
     ),
+    "llamagen-text": Case(
+        _GRID_TOKENIZER,
+        LlamaGenConfig(
+            2, 24, 2, 24, TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2), multiple_of=16
+        ),
+        CategoricalConfig(24, 24, bias=False), RasterConfig((3, 4), prefix=8), words,
+    ),
     "pixelcnn-class": Case(
         PixelsConfig((2, 4)), PixelCNNConfig(ClassConfig(5), (2, 4), width=8, levels=2), LogisticMixtureConfig(8, 3),
         RasterConfig((2, 4)), labels, sites=(("block", 0), ("output", 0)),

@@ -163,8 +163,9 @@ def test_rollback_fork_and_merge_at_different_steps(case: Case):
     assert same(drawn(merged), straight[[1, 0, 0, 1, 2]])
 
 
-def test_prompts_of_different_lengths_are_merged():
-    case = CASES["var-text"]
+@pytest.mark.parametrize("name", ["var-text", "llamagen-text"])
+def test_prompts_of_different_lengths_are_merged(name: str):
+    case = CASES[name]
     tokenizer, model = case.build()
     text = case.generator.condition
     prompts = ["a", "a red ring a red ring"]

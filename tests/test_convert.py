@@ -180,8 +180,7 @@ def test_a_pair_that_does_not_belong_together(convert, published, tmp_path, chan
 @pytest.mark.parametrize(
     "keys, says",
     [
-        (["cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight"], "LlamaGen's generator"),
-        (["quantize.embedding.weight", "encoder.conv_blocks.0.res.0.conv1.weight"], "LlamaGen's tokenizer"),
+        (["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "it looks like DiT"),
         (["quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"], "a single-scale VQGAN"),
         (["blocks.0.attention.qkv.weight", "conditioner.embed.weight"], "a part of a varkit folder"),
         (["lm_head.weight"], "not a VAR checkpoint: it holds lm_head.weight"),

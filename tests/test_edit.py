@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.contracts import CASES, PYRAMID
 from varkit.decode.loop import decode
-from varkit.edit.inpaint import box_mask, fitted, inpaint, keep_masks, keeping, paste
+from varkit.edit.inpaint import Keeping, box_mask, fitted, inpaint, keep_masks, paste
 from varkit.errors import UserError
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.pictures import to_pil, to_tensor
@@ -63,7 +63,7 @@ def test_kept_tokens_are_the_pictures_own_and_versions_differ_elsewhere():
     redraw = box_mask((8, 12), (0, 0.5, 1, 1))
     keep = keep_masks(torch.from_numpy(redraw), model.model.plan.schedule)
     state = model.start([3, 3], seed=0)
-    state.options = replace(state.options, override=keeping(model.tokenizer.quantizer))
+    state.options = replace(state.options, override=Keeping(model.tokenizer.quantizer))
     state.extras = {"true": true.repeat(2, 1), "keep": keep.repeat(2, 1)}
     state = state.select([1, 0])
     for _ in decode(model.model, state):

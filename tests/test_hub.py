@@ -18,8 +18,7 @@ from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.pixelcnn import PixelCNNConfig
-from varkit.generators.prompt import TextFeaturesConfig
-from varkit.generators.text import TextConfig
+from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.bits import BitsConfig
 from varkit.heads.categorical import CategoricalConfig
@@ -475,5 +474,5 @@ def test_llamagen_round_trip_is_exact():
     del published["norm.weight"]
     with pytest.raises(UserError, match=r"missing norm.weight \(128,\)"):
         llamagen.generator_from_published(published, (config, head))
-    with pytest.raises(UserError, match="lacks cls_embedding"):
+    with pytest.raises(UserError, match="lacks tok_embeddings"):
         llamagen.generator_configs({})

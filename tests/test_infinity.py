@@ -12,8 +12,7 @@ from varkit.decode.loop import run
 from varkit.errors import UserError
 from varkit.generators.conditioning import drop_condition
 from varkit.generators.infinity import SIZES, Infinity, InfinityConfig
-from varkit.generators.prompt import TextFeaturesConfig
-from varkit.generators.text import TextConfig
+from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.heads.bits import BitsConfig, BitsHead
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.hub.states import build_empty

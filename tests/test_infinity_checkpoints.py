@@ -10,7 +10,7 @@ from tests.contracts import CASES
 from varkit.cli.main import main
 from varkit.errors import UserError
 from varkit.generators.infinity import InfinityConfig
-from varkit.generators.prompt import TextFeaturesConfig
+from varkit.generators.text import TextFeaturesConfig
 from varkit.heads.bits import BitsConfig
 from varkit.hub import verify_infinity
 from varkit.hub.infinity import (

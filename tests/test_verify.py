@@ -130,8 +130,7 @@ def test_wrong_input_exits_with_2_before_any_work(tmp_path, capsys):
         (lambda path: path.write_text("{"), "is not JSON"),
         (lambda path: path.write_text("[]"), "names no family"),
         (lambda path: path.unlink(), "there is no case"),
-        (lambda path: broken(path.parent, config={"model_type": "t2i"}), "only 'c2i'"),
-        (lambda path: broken(path.parent, config={}), "lacks config.model_type"),
+        (lambda path: broken(path.parent, config={}), "lacks config.n_head"),
         (
             lambda path: np.savez(path.with_suffix(".npz"), labels=np.zeros(2)),
             "lacks the array 'input_tokens'",

@@ -2,15 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
 from varkit.errors import UserError, unknown_name
 from varkit.files import ensure_new_folder
-
-if TYPE_CHECKING:
-    from varkit.hub.pipeline import Pipeline
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,7 +39,7 @@ class Convert:
         from varkit.hub.published import pipeline_from_published, save_published
 
         if self.to == "varkit":
-            self._cast(pipeline_from_published(self.checkpoints)).save(self.out)
+            pipeline_from_published(self.checkpoints, self.dtype).save(self.out)
             print(self.out)
             return
 
@@ -52,13 +49,5 @@ class Convert:
             raise UserError(
                 f"{len(self.checkpoints)} models were given; --to published takes one model folder"
             )
-        for file in save_published(self._cast(load(self.checkpoints[0])), self.out):
+        for file in save_published(load(self.checkpoints[0], self.dtype), self.out):
             print(file)
-
-    def _cast(self, pipeline: "Pipeline") -> "Pipeline":
-        if self.dtype is None:
-            return pipeline
-
-        import torch
-
-        return pipeline.to(getattr(torch, self.dtype))

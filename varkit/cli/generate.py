@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from varkit.hub.pipeline import Pipeline
+    from varkit.hub.prompts import TextSource
 
 BATCH = 8
+Job = tuple[int, str | int]
+"""A picture's number, and its prompt."""
+
+Drawn = tuple[int, "Image.Image", "Image.Image | None"]
+"""A picture's number, the picture, and the strip of its previews if wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,14 @@ class Generate(Sampling):
     """What to draw, for a class model: a label."""
     prompts: Path | None = None
     """A text file with one prompt a line."""
+    negative: str | None = None
+    """What guidance leads away from: a caption, or a class; by default away from nothing in particular."""
+    text_encoder: str | None = None
+    """For a model that takes features of words: a folder, or name on the Hugging Face hub, of a T5 or CLIP."""
+    embeddings: Path | None = None
+    """In place of a text encoder: a file made by varkit embed. Without a caption, all prompts in it are drawn."""
+    clean_prompts: bool = False
+    """Clean what the text encoder reads, as the captions that LlamaGen was trained on."""
     n: int = 1
     """Pictures for each prompt."""
     seed: int = 0
@@ -67,52 +81,99 @@ class Generate(Sampling):
     work; the pictures are the same for any N."""
     resume: bool = False
     """Leave pictures that are there as they are, and draw the others."""
+    ray: str | None = None
+    """Let Ray's workers draw, the same pictures: "local" starts some here, "auto" or an address joins a cluster."""
     grid: bool = False
     """Write one picture with all of them."""
     previews: bool = False
     """Also write a strip of each picture as it grew, step by step (NAME-previews.png)."""
+    dtype: str | None = None
+    """Compute in float32, bfloat16 or float16; by default as the model was saved."""
+    offload: Literal["disk", "ram"] | None = None
+    """Keep the generator's blocks on disk or in RAM until their turn, for a model larger than memory."""
+    tile: int | None = None
+    """Decode pictures in tiles of so many pixels a side, for large ones in little memory."""
+
+    def __post_init__(self) -> None:
+        if self.text_encoder is not None and self.embeddings is not None:
+            raise UserError("--text-encoder and --embeddings were given; give one of them")
+        if self.clean_prompts and self.text_encoder is None:
+            raise UserError(
+                "--clean-prompts is for what a text encoder reads; give --text-encoder, or clean in varkit embed"
+            )
 
     def run(self) -> None:
         """Write the pictures and print their paths."""
         prompts = self._prompts()
-        size = parse_size(self.size)
         if self.n < 1:
             raise UserError(f"--n is {self.n}; ask for at least 1 picture")
         targets = self._targets(prompts)
         share = parse_shard(self.shard)
-        if self.grid and (self.shard or self.resume):
-            raise UserError("--grid needs all pictures at once; leave out --shard and --resume, or --grid")
+        if self.grid and (self.shard or self.resume or self.ray):
+            raise UserError(
+                "--grid needs all pictures at once; leave out --shard, --resume and --ray, or --grid"
+            )
         for target in targets:
             if target.is_dir():
                 raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
         for target in {target.parent: target for target in targets}.values():  # once a folder: it is probed
             ensure_writable(target)
 
-        from varkit.hub.pipeline import load
-
-        pipeline = load(self.model).sized(size)
-        pipeline.conditions(prompts)  # a mistake in the last prompt shows before the first is drawn
+        asked = prompts if self.negative is None else [*prompts, self.negative]
+        # A mistake in the last prompt shows before the first is drawn.
+        pipeline = self.opened().reading(asked)
         jobs = list(enumerate(pipeline.jobs(prompts, self.n)))
         strip_targets = self._strip_targets(prompts)
         if not self.grid:
             left = [job for job in jobs[share] if not (self.resume and targets[job[0]].exists())]
-            alike = self.resume or self.shard is not None
-            drawn = draw(pipeline, left, self.seed, self.chosen(), self.previews, alike)
-            for (number, _), (image, strip) in zip(left, drawn, strict=True):
+            for number, image, strip in self._drawn(pipeline, left):
                 if strip is not None:
                     save_picture(strip, strip_targets[number])
                 # At once: what is drawn is not lost when the rest is interrupted.
                 save_picture(image, targets[number])
             return
-        drawn = draw(pipeline, jobs, self.seed, self.chosen(), self.previews)
 
         from varkit.pictures import grid
 
-        images, strips = zip(*drawn, strict=True)
+        _, images, strips = zip(*self._drawn(pipeline, jobs), strict=True)
         save_picture(grid(images, columns=min(len(images), 8 if self.n == 1 else self.n)), targets[0])
         for strip_path, strip in zip(strip_targets, strips, strict=True):
             if strip is not None:
                 save_picture(strip, strip_path)
+
+    def opened(self) -> "Pipeline":
+        """The model, as the options want it."""
+        size = parse_size(self.size)
+
+        from varkit.hub.pipeline import load
+
+        pipeline = load(self.model, self.dtype, self.offload).sized(size)
+        if self.tile is not None:
+            pipeline.tiled(self.tile)
+        source = self._text_source()
+        return pipeline if source is None else pipeline.with_text(source)
+
+    def _text_source(self) -> "TextSource | None":
+        if self.embeddings is not None:
+            from varkit.hub.embeddings import Embeddings
+
+            return Embeddings.load(self.embeddings)
+        if self.text_encoder is not None:
+            from varkit.hub.text_encoders import PretrainedEncoder
+
+            return PretrainedEncoder.load(self.text_encoder, clean=self.clean_prompts)
+        return None
+
+    def _drawn(self, pipeline: "Pipeline", jobs: Sequence[Job]) -> Iterator[Drawn]:
+        """Sums round differently in batches of another size. So all batches have one size where there are several, or
+        where they have to be like those of other processes.
+        """
+        alike = len(jobs) > BATCH or self.resume or self.shard is not None
+        if self.ray is None:
+            return draw(pipeline, jobs, self, alike)
+        from varkit.cli.ray_data import draw_on_ray
+
+        return draw_on_ray(pipeline, jobs, self, alike)
 
     def _prompts(self) -> list[str | int]:
         given = [name for name in ("caption", "label", "prompts") if getattr(self, name) is not None]
@@ -122,9 +183,13 @@ class Generate(Sampling):
             return read_prompts(self.prompts)
         if self.label is not None:
             return [self.label]
-        if self.caption is None:
+        if self.caption is not None:
+            return [self.caption]
+        if self.embeddings is None:
             raise UserError("nothing to draw was given; add a caption, --label N or --prompts FILE")
-        return [self.caption]
+        from varkit.hub.embeddings import Embeddings
+
+        return [prompt for prompt in Embeddings.load(self.embeddings).prompts if prompt != self.negative]
 
     def _targets(self, prompts: Sequence[str | int]) -> list[Path]:
         return self._paths(prompts, single=self.grid)
@@ -161,42 +226,34 @@ def read_prompts(file: Path) -> list[str | int]:
     return found
 
 
-def draw(
-    pipeline: "Pipeline",
-    jobs: Sequence[tuple[int, str | int]],
-    seed: int,
-    settings: dict[str, Any],
-    previews: bool = False,
-    alike: bool = False,
-) -> Iterator[tuple["Image.Image", "Image.Image | None"]]:
-    """The picture of each (number, prompt) as its batch is finished, and the strip of its previews if wanted.
+def draw(pipeline: "Pipeline", jobs: Sequence[Job], options: Generate, alike: bool) -> Iterator[Drawn]:
+    """The picture of each (number, prompt), as its batch is finished; shows a progress bar.
 
-    Sums round differently in batches of another size. So all batches have one size where there are several, or where
-    those of other processes have to be `alike`: the last one is filled up. Shows a progress bar.
+    alike: the last batch is filled up, so that all have one size.
     """
     from dataclasses import replace
 
     from varkit.decode.loop import decode
     from varkit.pictures import grid
 
-    chosen = replace(pipeline.settings, **settings)
+    chosen, previews = replace(pipeline.settings, **options.chosen()), options.previews
     filled = list(jobs)
-    if alike or len(jobs) > BATCH:
+    if alike:
         filled += filled[-1:] * (-len(jobs) % BATCH)
     prompts, numbers = [prompt for _, prompt in filled], [number for number, _ in filled]
     left = len(jobs)
     with progress("drawing", left) as advance:
-        for start in pipeline.starts(prompts, seed, BATCH, chosen, numbers):
-            wanted = min(left, start.batch)
-            left -= wanted
+        for start in pipeline.starts(prompts, options.seed, BATCH, chosen, numbers, options.negative):
+            wanted = [stream.sample for stream in start.draws.streams[:left]]
+            left -= len(wanted)
             frames = [
                 pipeline.pictures(state)
                 for state in decode(pipeline.model, start)
                 if previews or bool(state.finished.all())
             ]
-            advance(wanted)
-            for grown in list(zip(*frames, strict=True))[:wanted]:
-                yield grown[-1], grid(grown, columns=len(grown)) if previews else None
+            advance(len(wanted))
+            for number, *grown in zip(wanted, *frames, strict=False):
+                yield number, grown[-1], grid(grown, columns=len(grown)) if previews else None
 
 
 def save_picture(image: "Image.Image", path: Path) -> None:

@@ -30,6 +30,7 @@ EXTRA_OF_MODULE = {
     "fastapi": "serve",
     "gradio": "studio",
     "matplotlib": "plots",
+    "prometheus_client": "serve",
     "ray": "ray",
     "skimage": "data",
     "sklearn": "data",

@@ -24,6 +24,16 @@ def by_step(values: Sequence[float], progress: Tensor) -> Tensor:
     return torch.tensor(values, device=progress.device)[index]
 
 
+def until(scale: float, last: int, steps: int) -> tuple[float, ...]:
+    """A scale for each of a run's steps that guides up to step `last`, and is off behind it.
+
+    LlamaGen's `cfg_interval` n counts from the step after the prompt's, so it is `last` = n + 1.
+    """
+    if not 0 <= last < steps:
+        raise UserError(f"guidance cannot end at step {last}; a run of {steps} steps has 0 to {steps - 1}")
+    return (scale,) * (last + 1) + (1.0,) * (steps - 1 - last)
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance (arXiv 2207.12598), constant, given for each step, or rising from off at the first step

@@ -6,7 +6,7 @@ Legend: B samples, H W pixels, h w grid of a scale, L positions.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from varkit.canvases.base import gather_positions
 from varkit.decode.loop import run
-from varkit.decode.state import Override, State
+from varkit.decode.state import State
 from varkit.errors import UserError
 from varkit.hub.pipeline import Pipeline, Prompt
-from varkit.pictures import to_pil, to_tensor
+from varkit.pictures import to_tensor
 from varkit.plans.scales import ScalePlan
 from varkit.plans.schedule import Schedule
 from varkit.plans.step import Step
@@ -46,26 +46,26 @@ def keep_masks(redraw: Tensor, schedule: Schedule) -> Tensor:
     return torch.cat(levels)
 
 
-def keeping(quantizer: ResidualQuantizer) -> Override:
+@dataclass(frozen=True)
+class Keeping:
     """An override that puts the true ids, or bits, in place of sampled ones where they are kept.
 
     Both travel in the state's extras: `true` (B, L, ...), in the form that the quantizer chooses, and `keep` (B, L)
-    bool.
+    bool. Runs of one model have equal ones, so that they can be merged.
     """
 
-    def override(step: Step, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
+    quantizer: ResidualQuantizer
+
+    def __call__(self, step: Step, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
         true, held = (gather_positions(state.extras[name], step.target) for name in ("true", "keep"))
-        name = quantizer.latent
+        name = self.quantizer.latent
         every = held.view(*held.shape, *([1] * (true.ndim - 2)))
         mixed = {**values, name: torch.where(every, true, values[name])}
         if "codes" in values:
-            mixed["codes"] = torch.where(held[..., None], quantizer.lookup(true), values["codes"])
+            mixed["codes"] = torch.where(held[..., None], self.quantizer.lookup(true), values["codes"])
         return mixed
 
-    return override
 
-
-@torch.no_grad()
 def inpaint(
     pipeline: Pipeline,
     image: Image.Image,
@@ -79,6 +79,26 @@ def inpaint(
 
     The picture is brought to the model's size. Everything, also what is kept, comes out of the tokenizer; `paste` puts
     the original pixels back. Raises `UserError` for a model of another order, or a mask of another size.
+    """
+    state = start_inpaint(pipeline, image, redraw, prompt, n, seed, **settings)
+    return pipeline.pictures(run(pipeline.model, state))
+
+
+@torch.no_grad()
+def start_inpaint(
+    pipeline: Pipeline,
+    image: Image.Image,
+    redraw: np.ndarray,
+    prompt: Prompt | None = None,
+    n: int = 1,
+    seed: int = 0,
+    first: int = 0,
+    negative: Prompt | None = None,
+    **settings: Any,
+) -> State:
+    """The state that `inpaint` decodes, for whoever wants to see it grow.
+
+    first: the number of the first version in the seed's stream. negative: a prompt that guidance leads away from.
     """
     if not isinstance(pipeline.model.plan, ScalePlan):
         kind = type(pipeline.model.plan).__name__
@@ -94,18 +114,15 @@ def inpaint(
     pixels = to_tensor(np.asarray(fitted(image, pipeline.size))[None]).to(pipeline.device)
     true = tokenizer.encode(pixels, schedule)[tokenizer.quantizer.latent]
     keep = keep_masks(torch.from_numpy(redraw), schedule)
-    chosen = replace(pipeline.settings, **settings)
-    state = _start(pipeline, prompt, n, seed, chosen)
-    state.options = replace(state.options, override=keeping(tokenizer.quantizer))
+    numbers, chosen = range(first, first + n), replace(pipeline.settings, **settings)
+    if prompt is None:
+        empty = pipeline.unconditional(n)
+        state = pipeline.start_from(empty, seed, numbers, replace(chosen, guidance=1.0))
+    else:
+        state = pipeline.start(pipeline.jobs(prompt, n), seed, numbers, chosen, negative)
+    state.options = replace(state.options, override=Keeping(tokenizer.quantizer))
     state.extras = {"true": torch.cat([true] * n), "keep": keep.to(true.device).repeat(n, 1)}
-    return to_pil(run(pipeline.model, state).canvas.preview())
-
-
-def _start(pipeline: Pipeline, prompt: Prompt | None, n: int, seed: int, settings: Any) -> State:
-    if prompt is not None:
-        return pipeline.start(pipeline.jobs(prompt, n), seed, settings=settings)
-    empty = pipeline.unconditional(n)
-    return pipeline.start_from(empty, seed, range(n), replace(settings, guidance=1.0))
+    return state
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:

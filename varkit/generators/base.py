@@ -30,6 +30,9 @@ class Generator(nn.Module, ABC):
     width: int
     depth: int
     conditioner: Conditioner
+    stacks: tuple[str, ...] = ()
+    """Lists of like blocks that `prepare` and `forward` go through in order, and only so: any iterable may replace
+    them."""
 
     @abstractmethod
     def prepare(self, condition: Condition) -> Prepared:

@@ -13,9 +13,9 @@ import torch
 
 from varkit.errors import UserError
 from varkit.generators.base import per_row
-from varkit.generators.prompt import PromptCondition, TextFeaturesConfig
+from varkit.generators.prompt import PromptCondition
 from varkit.generators.scale_transformer import ScaleTransformer
-from varkit.generators.text import TextConfig
+from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.heads.bits import BitsConfig
 from varkit.nn.adaln import BlockConfig
 from varkit.nn.rope import Rotary, rotary_angles

@@ -1,8 +1,8 @@
 """LlamaGen: a plain Llama decoder over VQ tokens in raster order (arXiv 2406.06525).
 
-The class enters as one prefix token; positions are 2-D rotary; the token shown at a slot predicts the next. Text
-prompts and the released sizes come with the published-checkpoints work.
-Legend: R branches, B samples, N = R x B, L slots, C width, V vocabulary.
+The condition enters as a prefix alone, one token of a class or the P tokens of a prompt; positions are 2-D rotary; the
+token shown at a slot predicts the next.
+Legend: R branches, B samples, N = R x B, L slots, C width, P prefix slots, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from varkit.errors import UserError
 from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
-from varkit.generators.conditioning import ClassCondition, ClassConfig
+from varkit.generators.conditioning import ClassCondition, ClassConfig, Conditioner
+from varkit.generators.prefix import PrefixCondition
+from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.attention import Window
 from varkit.nn.llama import LlamaBlock, llama_hidden
@@ -24,19 +26,32 @@ from varkit.plans.schedule import Schedule
 from varkit.plans.step import Step
 from varkit.tokenizers.vq import VQConfig
 
+SIZES: dict[str, tuple[int, int, int]] = {
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (36, 1280, 20),
+    "XXL": (48, 1536, 24),
+    "XXXL": (48, 2560, 40),
+    "1B": (22, 2048, 32),
+    "3B": (24, 3200, 32),
+    "7B": (32, 4096, 32),
+}
+"""Published sizes: depth, width, heads."""
+
 
 @dataclass(frozen=True)
 class LlamaGenConfig:
-    """`zero_prefix`: rotate condition slots to zero as the released weights expect, else leave them as they are.
+    """Published sizes: `LlamaGenConfig.published`. hidden 0 means two thirds of 4 C rounded up to `multiple_of`.
 
-    hidden 0 means two thirds of 4 C rounded up to `multiple_of`.
+    zero_prefix: rotate condition slots to zero, as the released weights expect: their queries and keys vanish, and the
+    picture reads the condition by the mean of its values. Else they are left as they are.
     """
 
     depth: int
     width: int
     heads: int
     vocab_size: int
-    condition: ClassConfig
+    condition: ClassConfig | TextConfig | TextFeaturesConfig
     kv_heads: int | None = None
     hidden: int = 0
     multiple_of: int = 256
@@ -51,11 +66,29 @@ class LlamaGenConfig:
                 "which 2-D rotary positions need; change one of them"
             )
 
+    @classmethod
+    def published(cls, size: str, **rest: Any) -> "LlamaGenConfig":
+        """A published size by name (`SIZES`), of ImageNet's classes. Prompts have `TextFeaturesConfig(length=120)`."""
+        depth, width, heads = SIZES[size]
+        told: dict[str, Any] = {"vocab_size": 16384, "condition": ClassConfig(1000), "zero_prefix": True}
+        return cls(depth, width, heads, **(told | rest))
+
+    @property
+    def prefix(self) -> int:
+        """P."""
+        return 1 if isinstance(self.condition, ClassConfig) else self.condition.length
+
+    @property
+    def inner(self) -> int:
+        """Hidden width of the feed-forward layers."""
+        return self.hidden or llama_hidden(self.width, self.multiple_of)
+
     def fitted(self, tokenizer: VQConfig) -> dict[str, Any]:
         """Generator, and the head and plan beside it, for a tokenizer's codes and grid."""
         config = replace(self, vocab_size=tokenizer.vocab_size)
         head = CategoricalConfig(config.width, tokenizer.vocab_size, bias=False, init_scale=0.0)
-        return {"generator": config, "head": head, "plan": RasterConfig(Schedule.of(tokenizer.grid).last)}
+        plan = RasterConfig(Schedule.of(tokenizer.grid).last, config.prefix)
+        return {"generator": config, "head": head, "plan": plan}
 
     def build(self) -> "LlamaGen":
         """The network, initialised as published."""
@@ -65,16 +98,21 @@ class LlamaGenConfig:
 class LlamaGen(Generator):
     """`forward` takes {"ids": (B, L)} and returns (N, L, C); slots that show nothing hold the condition."""
 
+    stacks = ("blocks",)
+
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config, self.width, self.depth = config, config.width, config.depth
-        self.conditioner = ClassCondition(config.condition, config.width)
+        self.conditioner: Conditioner
+        if isinstance(config.condition, ClassConfig):
+            self.conditioner = ClassCondition(config.condition, config.width)
+        else:
+            self.conditioner = PrefixCondition(config.condition, config.width)
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.embed_dropout = nn.Dropout(config.dropout)
-        hidden = config.hidden or llama_hidden(config.width, config.multiple_of)
         rates = torch.linspace(0, config.drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList(
-            LlamaBlock(config.width, config.heads, hidden, config.kv_heads, config.dropout, rate)
+            LlamaBlock(config.width, config.heads, config.inner, config.kv_heads, config.dropout, rate)
             for rate in rates
         )
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -82,8 +120,11 @@ class LlamaGen(Generator):
 
     def prepare(self, condition: Condition) -> Prepared:
         branches, batch = next(iter(condition.values())).shape[:2]
-        vector, _, _ = self.conditioner({k: v.flatten(0, 1) for k, v in condition.items()})
-        return {"prefix": vector[:, None].unflatten(0, (branches, batch))}
+        vector, memory, valid = self.conditioner({k: v.flatten(0, 1) for k, v in condition.items()})
+        prepared = {"prefix": vector[:, None] if memory is None else memory}
+        if valid is not None:
+            prepared["hidden"] = ~valid
+        return {k: v.unflatten(0, (branches, batch)) for k, v in prepared.items()}
 
     def forward(
         self,
@@ -94,6 +135,8 @@ class LlamaGen(Generator):
         ports: Ports | None = None,
     ) -> Tensor:
         prefix = prepared["prefix"].flatten(0, 1)
+        if "hidden" in prepared:
+            window = window.narrow(prepared["hidden"].flatten(0, 1), step.feed.ids)
         h = self.embed_dropout(self._embed(fed["ids"], step, prefix))
         h = through(ports, "input", 0, h, step, prepared)
         rotate = self._rotary(step, prefix.shape[0] // fed["ids"].shape[0], h.device)
@@ -124,3 +167,4 @@ class LlamaGen(Generator):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+        self.conditioner.initialise()

@@ -114,6 +114,8 @@ class MAR(Generator):
     first buffer slots, each beside the vector of the whole, which the others hold alone.
     """
 
+    stacks = ("encoder", "decoder")
+
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config, self.width, self.depth = config, config.width, 2 * config.depth

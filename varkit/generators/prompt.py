@@ -7,37 +7,13 @@ Features are those of a large encoder (flan-t5-xl), computed beforehand, or of t
 Legend: N rows, T text length, D features of the encoder, C width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from varkit.errors import UserError
 from varkit.generators.conditioning import Conditioner, empty_prompt
-from varkit.generators.text import TextConfig, TextEncoder
+from varkit.generators.text import TextConfig, TextEncoder, TextFeaturesConfig
 from varkit.nn.adaln import FeedForward
 from varkit.nn.attention import AttentivePool
-
-
-@dataclass(frozen=True)
-class TextFeaturesConfig:
-    """Features from outside, (N, T, width), of prompts of up to `length` tokens. The defaults are flan-t5-xl's."""
-
-    width: int = 2048
-    length: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("width", "length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"text {name} is {getattr(self, name)}; it must be at least 1")
-
-    def encode(self, prompts: list[str], tight: bool = False) -> Tensor:
-        """Words alone do not do: their features have to be given."""
-        raise UserError(
-            f"prompt {prompts[0][:60]!r} cannot be read: this model takes features of {self.width} channels from a "
-            "text encoder, not words; compute them and give `Pipeline.start_from` "
-            '{"features": (1, B, T, ' + str(self.width) + '), "mask": (1, B, T)}'
-        )
 
 
 class PromptCondition(Conditioner):
@@ -49,7 +25,7 @@ class PromptCondition(Conditioner):
     def __init__(self, config: TextConfig | TextFeaturesConfig, width: int) -> None:
         super().__init__()
         self.encoder = TextEncoder(config) if isinstance(config, TextConfig) else None
-        self.null_features = None
+        self.config, self.null_features = config, None
         if isinstance(config, TextFeaturesConfig):
             self.null_features = nn.Parameter(torch.empty(config.length, config.width))
             nn.init.trunc_normal_(self.null_features, std=1.2 / config.width**0.5)
@@ -62,20 +38,21 @@ class PromptCondition(Conditioner):
         if self.encoder is not None:
             features, mask, _ = self.encoder(condition["text"])
         else:
-            features, mask = condition["features"].to(self.norm.weight.dtype), condition["mask"]
+            features, mask = self._given(condition).to(self.norm.weight.dtype), condition["mask"]
         normed = self.norm(features)
         return self.pool(normed, mask), self.project(normed), mask
 
     def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.null_features is None:
             return {"text": empty_prompt(condition["text"])}
-        features = condition["features"]
-        if features.shape[-2] > len(self.null_features):
-            raise UserError(
-                f"a prompt of {features.shape[-2]} tokens is too long; this model reads up to {len(self.null_features)}"
-            )
+        features = self._given(condition)
         empty = self.null_features[: features.shape[-2]].to(features.dtype).expand_as(features)
         return {"features": empty, "mask": condition["mask"]}
+
+    def _given(self, condition: dict[str, Tensor]) -> Tensor:
+        assert isinstance(self.config, TextFeaturesConfig)
+        self.config.check(condition["features"])
+        return condition["features"]
 
     def initialise(self) -> None:
         """The encoder starts by its own width."""

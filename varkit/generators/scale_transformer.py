@@ -29,6 +29,8 @@ class ScaleTransformer(Generator):
     of its slots; by default the vector there.
     """
 
+    stacks = ("blocks",)
+
     def __init__(
         self, conditioner: Conditioner, block: BlockConfig, depth: int, code_width: int, starts: int, levels: int,
         drop_path: float, around: Surroundings | None = None,
@@ -60,13 +62,17 @@ class ScaleTransformer(Generator):
         shared = None
         if self.shared_modulation is not None:
             shared = self.shared_modulation(F.silu(vector)).unflatten(-1, (6, -1))
+        vectors, pairs = [], []
+        for block in self.blocks:  # once, since going through them may mean reading them
+            vectors.append(block.vectors(vector, shared))
+            if memory is not None:
+                pairs.append(block.cross.project(memory))
         prepared = {
             "start": vector,
-            "modulation": torch.stack([b.vectors(vector, shared) for b in self.blocks], dim=1),
+            "modulation": torch.stack(vectors, dim=1),
             "final": self.final_modulation(F.silu(vector)).unflatten(-1, (2, -1)),
         }
         if memory is not None and mask is not None:
-            pairs = [b.cross.project(memory) for b in self.blocks]
             prepared["memory_k"] = torch.stack([k for k, _ in pairs], dim=1)
             prepared["memory_v"] = torch.stack([v for _, v in pairs], dim=1)
             prepared["memory_mask"] = mask[:, None, None]

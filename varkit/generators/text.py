@@ -1,5 +1,6 @@
 """Words or bytes to ids, and the small transformer that reads them: the text side of bundled and folder-trained models.
 
+Published models read the features of a large encoder instead, which are given from outside (`TextFeaturesConfig`).
 Id 0 is padding and 1 begins every prompt, so the empty prompt (the null condition) is a sequence of one.
 Legend: N rows, T text length, C width.
 """
@@ -69,6 +70,37 @@ class TextConfig:
             if word not in index:
                 raise unknown_name("word", word, self.vocabulary, f"(in the prompt {prompt[:60]!r})")
         return [index[w] for w in words]
+
+
+@dataclass(frozen=True)
+class TextFeaturesConfig:
+    """Features from outside, (N, T, width), of prompts of up to `length` tokens. The defaults are flan-t5-xl's."""
+
+    width: int = 2048
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("width", "length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"text {name} is {getattr(self, name)}; it must be at least 1")
+
+    def encode(self, prompts: list[str], tight: bool = False) -> Tensor:
+        """Words alone do not do: their features have to be given."""
+        raise UserError(
+            f"prompt {prompts[0][:60]!r} cannot be read: this model takes features of {self.width} channels from a "
+            "text encoder, not words; give --text-encoder or --embeddings, or in Python `Pipeline.with_text`"
+        )
+
+    def check(self, features: Tensor) -> None:
+        """Raise `UserError` unless features (..., T, D) have the right width, and no prompt is too long."""
+        tokens, width = features.shape[-2:]
+        if width != self.width:
+            raise UserError(
+                f"text features of {width} channels do not fit this model, which takes {self.width}; use the text "
+                "encoder that it was trained with"
+            )
+        if tokens > self.length:
+            raise UserError(f"a prompt of {tokens} tokens is too long; this model reads up to {self.length}")
 
 
 class TextEncoder(nn.Module):

@@ -2,9 +2,10 @@
 
     {"format_version": 1, "varkit": "0.1.0",
      "parts": {"generator": {"type": "VAR", "config": {...}}, "plan": {"type": "scales", "config": {...}}, ...},
-     "defaults": {...}, "about": {...}}
+     "compute_dtype": "float32", "defaults": {...}, "about": {...}}
 
-Everything but the first three entries is the caller's. Weights keep the dtype they were saved with.
+Everything but the first three entries is the caller's. Weights keep the dtype they were saved with, or with
+"compute_dtype" are brought to that one.
 """
 
 import json
@@ -18,15 +19,18 @@ import torch
 from torch import nn
 
 from varkit import __version__
-from varkit.errors import UserError
+from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath, atomic_folder, write_json
 from varkit.hub.config import from_json, to_json
+from varkit.hub.offload import stream
 from varkit.hub.registry import config_type, type_name
 from varkit.hub.states import build_empty, load_state, read_safetensors, write_safetensors
+from varkit.hub.tensor_file import read_as
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 _OURS = ("format_version", "varkit", "parts")
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 @dataclass(frozen=True)
@@ -65,22 +69,38 @@ def save_parts(
         write_json(building / CONFIG, whole)
 
 
-def load_parts(folder: StrPath) -> Parts:
-    """Read what `save_parts` wrote; memory-mapped, at the saved dtypes. Every problem is a `UserError`."""
+def load_parts(folder: StrPath, dtype: str | None = None, offload: str | None = None) -> Parts:
+    """Read what `save_parts` wrote: memory-mapped, or cast to `dtype`; `offload` streams the generator's blocks.
+
+    Every problem is a `UserError`.
+    """
     root = Path(folder)
     whole = _read_config(root)
+    dtype = dtype or whole.get("compute_dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", str(dtype), DTYPES, f"(for {str(root / CONFIG)!r})")
     configs = {name: _part_config(root, name, entry) for name, entry in whole["parts"].items()}
-    built = {name: _load_part(root, name, config) for name, config in configs.items()}
+    built = {name: build_empty(config.build) for name, config in configs.items()}
+    for name, part in built.items():
+        if isinstance(part, nn.Module):
+            if dtype is not None:
+                part.to(DTYPES[dtype])  # parameters have no memory yet
+            _fill(
+                part,
+                root / f"{name}.safetensors",
+                dtype is not None,
+                offload if name == "generator" else None,
+            )
+            part.eval()
     return Parts(built, configs, {k: v for k, v in whole.items() if k not in _OURS})
 
 
-def _load_part(root: Path, name: str, config: Any) -> Any:
-    built = build_empty(config.build)
-    if isinstance(built, nn.Module):
-        file = root / f"{name}.safetensors"
-        load_state(built, read_safetensors(file), repr(str(file)))
-        built.eval()
-    return built
+def _fill(part: nn.Module, file: Path, cast: bool, offload: str | None) -> None:
+    dtypes = {name: tensor.dtype for name, tensor in part.state_dict().items()} if cast else {}
+    if offload is not None:
+        stream(part, file, dtypes, offload)
+    else:
+        load_state(part, read_as(file, dtypes) if cast else read_safetensors(file), repr(str(file)))
 
 
 def _part_config(root: Path, name: str, entry: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from varkit.errors import UserError
 from varkit.generators.infinity import InfinityConfig
-from varkit.generators.prompt import TextFeaturesConfig
+from varkit.generators.text import TextFeaturesConfig
 from varkit.heads.bits import BitsConfig
 from varkit.hub.keymap import Rule, entry, from_published, grouped, joined, part, to_published
 from varkit.hub.states import State, build_empty

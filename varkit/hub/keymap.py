@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varkit.errors import UserError
@@ -60,6 +61,29 @@ def part(state: Mapping[str, Tensor], prefix: str) -> State:
 def joined(**parts: Mapping[str, Tensor]) -> State:
     """Several states as one, each under its keyword: the inverse of `part`."""
     return {f"{prefix}.{name}": tensor for prefix, state in parts.items() for name, tensor in state.items()}
+
+
+def fuse_qkv(state: Mapping[str, Tensor]) -> State:
+    """Projections to queries, keys and values that have a name each, `.q.`, `.k.` and `.v.`, as one, `.qkv.`."""
+    fused = dict(state)
+    for name in [name for name in state if name.endswith(".q.weight")]:
+        stem = name.removesuffix("q.weight")
+        for kind in ("weight", "bias"):
+            pieces = [fused.get(f"{stem}{letter}.{kind}") for letter in "qkv"]
+            if all(piece is not None for piece in pieces):
+                fused[f"{stem}qkv.{kind}"] = torch.cat(pieces)  # type: ignore[arg-type]
+                for letter in "qkv":
+                    del fused[f"{stem}{letter}.{kind}"]
+    return fused
+
+
+def split_qkv(state: Mapping[str, Tensor]) -> State:
+    """The inverse."""
+    split = dict(state)
+    for name in [name for name in state if ".qkv." in name]:
+        for letter, piece in zip("qkv", split.pop(name).chunk(3), strict=True):
+            split[name.replace(".qkv.", f".{letter}.")] = piece
+    return split
 
 
 def grouped(state: Mapping[str, Tensor], pattern: str) -> int:

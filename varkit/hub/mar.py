@@ -16,7 +16,17 @@ from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.mar import SIZES, MARConfig
 from varkit.heads.diffusion import DiffusionConfig
-from varkit.hub.keymap import Rule, entry, from_published, grouped, joined, part, to_published
+from varkit.hub.keymap import (
+    Rule,
+    entry,
+    from_published,
+    fuse_qkv,
+    grouped,
+    joined,
+    part,
+    split_qkv,
+    to_published,
+)
 from varkit.hub.states import State, build_empty
 from varkit.hub.var import TOKENIZER_RULES, conv_config
 from varkit.plans.schedule import Side
@@ -133,20 +143,10 @@ def tokenizer_from_published(state: Mapping[str, Tensor], config: KLConfig) -> S
     """A published autoencoder's tensors as the state of `KL`; its scale is the configuration's."""
     ours = build_empty(config.build).state_dict()
     scale = ours.pop(SCALE)
-    merged = dict(state)
-    for name in [name for name in state if name.endswith(".q.weight")]:
-        stem = name.removesuffix("q.weight")
-        for kind in ("weight", "bias"):
-            pieces = [merged.pop(f"{stem}{letter}.{kind}", None) for letter in "qkv"]
-            if all(piece is not None for piece in pieces):
-                merged[f"{stem}qkv.{kind}"] = torch.cat(pieces)  # type: ignore[arg-type]
-    return from_published(merged, ours, TOKENIZER_RULES, "the KL autoencoder checkpoint") | {SCALE: scale}
+    fused = fuse_qkv(state)
+    return from_published(fused, ours, TOKENIZER_RULES, "the KL autoencoder checkpoint") | {SCALE: scale}
 
 
 def tokenizer_to_published(state: Mapping[str, Tensor]) -> State:
     """The inverse; the scale is nowhere in the published layout."""
-    published = to_published({n: t for n, t in state.items() if n != SCALE}, TOKENIZER_RULES)
-    for name in [name for name in published if ".qkv." in name]:
-        for letter, piece in zip("qkv", published.pop(name).chunk(3), strict=True):
-            published[name.replace(".qkv.", f".{letter}.")] = piece
-    return published
+    return split_qkv(to_published({n: t for n, t in state.items() if n != SCALE}, TOKENIZER_RULES))

@@ -6,7 +6,6 @@
 Legend: R condition branches, B samples.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -26,20 +25,19 @@ from varkit.draws import Draws
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath
 from varkit.generators.base import Condition
-from varkit.generators.conditioning import ClassConfig
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import CONFIG, load_parts, save_parts
+from varkit.hub.prompts import Prompt, TextSource, check_source, condition_of, longest_prompt, nothing
 from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
 from varkit.plans.ratios import sized
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule
+from varkit.tokenizers.tiled import set_tile
 
-Prompt = str | int
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 DEFAULT_BATCH = 8
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,16 @@ class How:
     """What a method changes in decoding, beside the parts: see `Pipeline.using`.
 
     cache(batch, branches, slots) makes a run's cache. ports and override are those of `varkit.decode.state.Options`;
-    wrap(pick) may replace the sampler of ids.
+    wrap(pick) may replace the sampler of ids. text gives features of words, padded to `tokens` of them or to the
+    longest of a batch: see `Pipeline.with_text`.
     """
 
     cache: Callable[[int, int, int | None], Cache] = FullCache
     ports: Ports | None = None
     override: Override | None = None
     wrap: Callable[[Any], Any] = lambda pick: pick
+    text: TextSource | None = None
+    tokens: int | None = None
 
 
 class Pipeline:
@@ -120,9 +121,29 @@ class Pipeline:
         other.how = self.how
         return other
 
+    def with_text(self, source: TextSource, tokens: int | None = None) -> "Pipeline":
+        """The same model, where it takes features of words, reading words by a text encoder or a file of embeddings.
+
+        Each batch is padded to its longest prompt, or to `tokens`, which makes states of any prompts alike in shape.
+        Raises `UserError` for features of another width, and for a model that takes none.
+        """
+        check_source(self.condition, source)
+        return self.using(text=source, tokens=tokens)
+
+    def reading(self, prompts: Sequence[Prompt]) -> "Pipeline":
+        """This pipeline for a run over all of `prompts`, whatever batches they come in: features are padded alike.
+
+        Raises `UserError` for a prompt that the model does not know, before any is drawn.
+        """
+        source = self.how.text
+        if source is None:
+            self.conditions(prompts)
+            return self
+        return self.using(tokens=longest_prompt(self.condition, prompts, source))
+
     @property
     def condition(self) -> Any:
-        """The configuration of what steers the model: a `ClassConfig` or a `TextConfig`."""
+        """The configuration of what steers the model: a `ClassConfig`, `TextConfig` or `TextFeaturesConfig`."""
         return self.configs["generator"].condition
 
     @property
@@ -135,6 +156,14 @@ class Pipeline:
         for part in self.parts.values():
             if isinstance(part, torch.nn.Module):
                 part.to(*args, **kwargs)
+        return self
+
+    def tiled(self, pixels: int) -> "Pipeline":
+        """This pipeline, decoding pictures in tiles of pixels x pixels: less memory (`varkit.tokenizers.tiled`).
+
+        Raises `UserError` for a size that is no multiple of the tokenizer's stride.
+        """
+        set_tile(self.tokenizer, pixels)
         return self
 
     def packed(self) -> "Pipeline":
@@ -170,35 +199,13 @@ class Pipeline:
         """Labels, class names or captions -> the condition (1, B, ...). Raises `UserError` for what the model does
         not know.
         """
-        if isinstance(self.condition, ClassConfig):
-            labels = [self._label(p) for p in prompts]
-            return {"label": torch.tensor([labels], device=self.device)}
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise UserError(
-                    f"label {prompt!r} was given to a text model; give a caption such as 'a red circle'"
-                )
-        return {"text": self.condition.encode([str(p) for p in prompts])[None].to(self.device)}
-
-    def _label(self, prompt: Prompt) -> int:
-        config: ClassConfig = self.condition
-        if isinstance(prompt, str) and prompt in config.names:
-            return config.names.index(prompt)
-        if isinstance(prompt, str) and not re.fullmatch(r"-?\d+", prompt):
-            names = config.names or tuple(str(i) for i in range(config.classes))
-            raise unknown_name("class", prompt, names, f"(or a label from 0 to {config.classes - 1})")
-        label = int(prompt)
-        if not 0 <= label < config.classes:
-            raise UserError(f"label {label} is out of range; this model knows 0 to {config.classes - 1}")
-        return label
+        told = condition_of(self.condition, prompts, self.how.text, self.how.tokens)
+        return {name: values.to(self.device) for name, values in told.items()}
 
     def unconditional(self, batch: int) -> Condition:
         """The condition (1, B, ...) that asks for nothing."""
-        if isinstance(self.condition, ClassConfig):
-            like = {"label": torch.zeros(1, batch, dtype=torch.int64, device=self.device)}
-        else:
-            like = {"text": self.condition.encode([""] * batch)[None].to(self.device)}
-        return self.generator.conditioner.null(like)
+        like = nothing(self.condition, batch)
+        return self.generator.conditioner.null({k: v.to(self.device) for k, v in like.items()})
 
     def start(
         self,
@@ -213,8 +220,13 @@ class Pipeline:
         negative: what guidance leads away from, in place of nothing in particular.
         """
         numbers = range(len(prompts)) if samples is None else samples
-        away = None if negative is None else self.conditions([negative] * len(prompts))
-        return self.start_from(self.conditions(prompts), seed, numbers, settings or self.settings, away)
+        # Read together, since features of both are padded alike.
+        asked = self.conditions(prompts if negative is None else [*prompts, negative])
+        away = None
+        if negative is not None:
+            away = {name: values[:, -1:].expand_as(values[:, :-1]) for name, values in asked.items()}
+            asked = {name: values[:, :-1] for name, values in asked.items()}
+        return self.start_from(asked, seed, numbers, settings or self.settings, away)
 
     @torch.no_grad()
     def start_from(
@@ -333,45 +345,29 @@ class Pipeline:
         save_parts(folder, parts, rest, replace, dtype)
 
     @classmethod
-    def from_folder(cls, folder: StrPath) -> "Pipeline":
-        """Read what `save` wrote."""
-        loaded = load_parts(folder)
+    def from_folder(cls, folder: StrPath, dtype: str | None = None, offload: str | None = None) -> "Pipeline":
+        """Read what `save` wrote; `dtype` and `offload` as in `load`."""
+        loaded = load_parts(folder, dtype, offload)
         missing = {"tokenizer", "plan", "generator", "head"} - set(loaded.built)
         if missing:
             raise UserError(
                 f"{str(Path(folder) / CONFIG)!r} lacks the parts {', '.join(sorted(missing))}; it is not a whole model"
             )
         settings = from_json(loaded.rest.get("defaults", {}), Settings, "defaults")
-        pipeline = cls(loaded.built, loaded.configs, settings, loaded.rest.get("about"))
-        compute = loaded.rest.get("compute_dtype")
-        if compute is None:
-            return pipeline
-        if compute not in COMPUTE_DTYPES:
-            raise unknown_name(
-                "compute_dtype", str(compute), COMPUTE_DTYPES, f"(in {str(Path(folder) / CONFIG)!r})"
-            )
-        return pipeline.to(COMPUTE_DTYPES[compute])
+        return cls(loaded.built, loaded.configs, settings, loaded.rest.get("about"))
 
     @classmethod
-    def from_pretrained(cls, name: str, revision: str | None = None) -> "Pipeline":
-        """A bundled model, a folder, or a repository of the Hugging Face hub (the only case that uses the network)."""
-        if name in bundled() or Path(name).is_dir():
-            return load(name)
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    def from_pretrained(
+        cls, name: str, variant: str | None = None, revision: str | None = None, dtype: str | None = None
+    ) -> "Pipeline":
+        """A bundled model, a folder, or a repository of the Hugging Face hub (the only case that uses the network).
 
-        try:
-            folder = snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]
-            )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            why = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"model {name!r} is neither a bundled model nor a folder, and it could not be fetched from the "
-                f"Hugging Face hub ({why}); check the name and the network, or download the folder elsewhere and give "
-                "its path"
-            ) from error
-        return cls.from_folder(folder)
+        The repositories that VAR, LlamaGen, Infinity and MAR are published in hold several variants, such as "d16" of
+        "FoundationVision/var"; their files are converted on the way (`varkit.hub.released`). `dtype` as in `load`.
+        """
+        from varkit.hub.released import pretrained
+
+        return pretrained(name, variant, revision, dtype)
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
         """Upload the folder form to a repository of the Hugging Face hub; returns its address."""
@@ -399,20 +395,27 @@ def bundled() -> list[str]:
     return sorted(p.name for p in WEIGHTS.iterdir() if (p / CONFIG).is_file()) if WEIGHTS.is_dir() else []
 
 
-def load(name_or_folder: StrPath) -> Pipeline:
-    """A bundled model by name, a saved folder, or the output folder of a training.
+def load(name_or_folder: StrPath, dtype: str | None = None, offload: str | None = None) -> Pipeline:
+    """A bundled model by name, a saved folder, the output folder of a training, or a folder of published checkpoints.
 
-    Raises `UserError` naming the nearest known model."""
+    dtype: what weights are cast to, as they are read ("bfloat16", ...). offload: the generator's blocks stay on "disk"
+    or in "ram" until their turn, for models larger than memory or than the device's. Raises `UserError` naming the
+    nearest known model.
+    """
     name = str(name_or_folder)
     if name in bundled():
-        return Pipeline.from_folder(WEIGHTS / name)
+        return Pipeline.from_folder(WEIGHTS / name, dtype, offload)
     folder = Path(name)
     if (folder / "model" / CONFIG).is_file():  # a training's output
-        return Pipeline.from_folder(folder / "model")
+        return Pipeline.from_folder(folder / "model", dtype, offload)
     if (folder / "request.json").is_file():
         raise UserError(f"the training in {name!r} has made no model yet; go on with varkit train --resume")
     if folder.is_dir():
-        return Pipeline.from_folder(folder)
+        from varkit.hub.released import from_files, holds_files
+
+        if holds_files(folder):
+            return from_files(folder, dtype=dtype, offload=offload)
+        return Pipeline.from_folder(folder, dtype, offload)
     raise unknown_name(
         "model", name, bundled(), "A folder saved by varkit, or a training's output folder, works too."
     )

@@ -1,4 +1,4 @@
-"""Published VAR, MAR and Infinity checkpoints as whole pipelines and back: what `varkit convert` does.
+"""Published VAR, LlamaGen, MAR and Infinity checkpoints as whole pipelines and back: what `varkit convert` does.
 
 Which file is which is told by its keys, never by its name. On the way out everything that the published layout cannot
 say is refused, by reading the configuration off the written shapes and comparing it with the model's own.
@@ -12,21 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varkit.errors import UserError
+from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath, atomic_folder
 from varkit.generators.infinity import InfinityConfig
+from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.var import VARConfig
-from varkit.hub import infinity, mar, published_infinity, published_mar, published_var, var
+from varkit.hub import (
+    infinity,
+    llamagen,
+    mar,
+    published_infinity,
+    published_llamagen,
+    published_mar,
+    published_var,
+    var,
+)
 from varkit.hub.assemble import Files
+from varkit.hub.folder import DTYPES
 from varkit.hub.pipeline import Pipeline
 from varkit.hub.states import State, read_checkpoint
 
 WRAPPERS = ("state_dict", "model")
 
 OTHERS: dict[str, str] = {
-    "cls_embedding.": "LlamaGen's generator",
-    "encoder.conv_blocks.": "LlamaGen's tokenizer",
     "x_embedder.": "DiT",
     "conditioner.": "a part of a varkit folder, which needs no conversion",
     "quantizer.": "a part of a varkit folder, which needs no conversion",
@@ -56,6 +65,10 @@ FAMILIES = {
         infinity.checkpoint_states, published_infinity.pipeline, published_infinity.files, InfinityConfig,
         "infinity_vae_d32reg.pth", "infinity_2b_reg.pth",
     ),
+    "LlamaGen": Family(
+        llamagen.checkpoint_states, published_llamagen.pipeline, published_llamagen.files, LlamaGenConfig,
+        "vq_ds16_c2i.pt", "c2i_B_256.pt",
+    ),
     "VAR": Family(
         var.checkpoint_states, published_var.pipeline, published_var.files, VARConfig,
         "vae_ch160v4096z32.pth", "var_d16.pth",
@@ -66,12 +79,19 @@ FAMILIES = {
 NAMES = ", ".join(sorted(FAMILIES))
 
 
-def pipeline_from_published(paths: Sequence[StrPath]) -> Pipeline:
+def pipeline_from_published(paths: Sequence[StrPath], dtype: str | None = None) -> Pipeline:
     """The published tokenizer and generator in `paths`, in any order, or a trainer checkpoint of both.
 
-    Tensors stay memory-mapped, at their own dtypes. Every problem is a `UserError`.
+    Tensors stay memory-mapped, at their own dtypes, or are cast to `dtype` one by one. Every problem is a `UserError`.
     """
-    family, states = _read_states(paths)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    pipeline = _read_pipeline(paths, mapped=dtype is None)
+    return pipeline if dtype is None else pipeline.to(DTYPES[dtype])
+
+
+def _read_pipeline(paths: Sequence[StrPath], mapped: bool) -> Pipeline:
+    family, states = _read_states(paths, mapped)
     about = {"converted_from": [Path(path).name for path in paths]}
     return FAMILIES[family].read(states["generator"], states["tokenizer"], about)
 
@@ -95,7 +115,7 @@ def _write(files: Files, folder: StrPath) -> list[Path]:
     return [Path(folder) / name for name in files]
 
 
-def _read_states(paths: Sequence[StrPath]) -> tuple[str, dict[str, State]]:
+def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str, State]]:
     """The family, and both parts of it."""
     states: dict[str, State] = {}
     origin: dict[str, StrPath] = {}
@@ -103,7 +123,7 @@ def _read_states(paths: Sequence[StrPath]) -> tuple[str, dict[str, State]]:
     for path in paths:
         if Path(path).is_dir():
             raise UserError(f"{str(path)!r} is a folder; give the checkpoint files in it")
-        family, found = _states_of(path)
+        family, found = _states_of(path, mapped)
         for what, state in found.items():
             if what in states and not states[what].keys() & state.keys():
                 state = states[what] | state  # shards of one
@@ -125,10 +145,10 @@ def _read_states(paths: Sequence[StrPath]) -> tuple[str, dict[str, State]]:
     return families["generator"], states
 
 
-def _states_of(path: StrPath) -> tuple[str, dict[str, State]]:
+def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
     """The family of a file, and the parts in it."""
-    checkpoint: Mapping[str, Any] = read_checkpoint(path)
-    for name in ("MAR", "Infinity"):
+    checkpoint: Mapping[str, Any] = read_checkpoint(path, mapped)
+    for name in ("MAR", "Infinity", "LlamaGen"):
         if states := FAMILIES[name].states(checkpoint):
             return name, _checked(states, path)
     for wrapper in WRAPPERS:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varkit.errors import UserError
 from varkit.generators.infinity import SIZES, InfinityConfig
-from varkit.generators.prompt import TextFeaturesConfig
+from varkit.generators.text import TextFeaturesConfig
 from varkit.hub import infinity
 from varkit.hub.assemble import Files, assembled, states_of
 from varkit.hub.keymap import check_told

@@ -1,7 +1,8 @@
 """State dicts: reading checkpoint files safely, and loading them into modules with errors a person can act on.
 
 Files are memory-mapped, and modules are built without memory for their parameters, which the file's own tensors
-then become: loading costs about the size of the file, once.
+then become: loading costs about the size of the file, once. Where weights change their dtype on the way they are read
+one by one instead (`varkit.hub.tensor_file`), so that the file's pages do not count beside what is made of them.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from varkit.errors import UserError
 from varkit.files import StrPath, atomic_write
+from varkit.hub.tensor_file import as_safetensors, check_file, read_as
 
 State = dict[str, Tensor]
 M = TypeVar("M")
@@ -35,20 +36,8 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 def read_safetensors(path: StrPath) -> State:
     """Tensors of a safetensors file, memory-mapped."""
-    _check_file(path)
-    with open(path, "rb") as file:
-        head = file.read(9)
-    # The length of a safetensors header may begin with a pickle's first byte; its ninth byte opens the header.
-    if head[8:] != b"{" and head.startswith((b"PK\x03\x04", b"\x80")):
-        raise UserError(
-            f"{str(path)!r} is a pickled checkpoint under a safetensors name; convert it with `varkit convert`"
-        )
-    try:
+    with as_safetensors(path):
         return load_file(path)
-    except SafetensorError as error:
-        raise UserError(
-            f"{str(path)!r} is damaged or not safetensors ({error}); fetch or save it again"
-        ) from error
 
 
 def write_safetensors(path: StrPath, state: Mapping[str, Tensor]) -> None:
@@ -59,20 +48,24 @@ def write_safetensors(path: StrPath, state: Mapping[str, Tensor]) -> None:
         part.chmod(0o644)  # the library makes files that only their owner can read
 
 
-def read_checkpoint(path: StrPath) -> dict[str, Any]:
+def read_checkpoint(path: StrPath, mapped: bool = True) -> dict[str, Any]:
     """A published checkpoint, safetensors or pickled; of pickles only tensors and plain containers are unpacked, and
     `argparse.Namespace`, a container too, in which many trainers keep their arguments.
+
+    Not `mapped`, each tensor has memory of its own, which is free again once it was cast.
     """
     suffix = Path(path).suffix
     if suffix == ".safetensors":
-        return dict(read_safetensors(path))
+        return dict(read_safetensors(path) if mapped else read_as(path, {}))
     if suffix not in PICKLE_SUFFIXES:
         allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
         raise UserError(f"{str(path)!r} ends in {suffix!r}; a checkpoint ends in one of {allowed}")
-    _check_file(path)
+    check_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
+            )
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # damage shows as many kinds
@@ -154,8 +147,3 @@ def _named(name: str, state: Mapping[str, Tensor]) -> str:
 def _near(name: str, others: list[str], state: Mapping[str, Tensor]) -> str:
     near = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
     return f" (nearest: {_named(near[0], state)})" if near else ""
-
-
-def _check_file(path: StrPath) -> None:
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {str(path)!r}; check the path")

@@ -20,11 +20,12 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int, approximate: str = "tanh", dropout: float = 0.0, outputs: int = 0
-    ) -> None:
+        self, width: int, hidden: int, approximate: str = "tanh", dropout: float = 0.0, outputs: int = 0,
+        bias: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.up = Linear(width, hidden)
-        self.down = Linear(hidden, outputs or width)
+        self.up = Linear(width, hidden, bias=bias)
+        self.down = Linear(hidden, outputs or width, bias=bias)
         self.approximate, self.dropout = approximate, dropout
 
     def forward(self, x: Tensor) -> Tensor:

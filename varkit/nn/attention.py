@@ -38,6 +38,10 @@ class Window(Protocol):
         """Take a layer's q (N, H, L, E), k and v (N, Hkv, L, E), return what the queries attend to."""
         ...
 
+    def narrow(self, hidden: Tensor, ids: Tensor) -> "Window":
+        """The window of a step that feeds the slots `ids` (L,) or (B, L), less those of `hidden` (`narrowed`)."""
+        ...
+
 
 class Packed:
     """Window of a packed sequence without a cache: training, and the slow twin of cached decoding.
@@ -58,6 +62,26 @@ class Packed:
         if self.mask is not None and self.mask.device != q.device:
             self.mask = self.mask.to(q.device)
         return [View(k, v, self.mask)]
+
+    def narrow(self, hidden: Tensor, ids: Tensor) -> "Packed":
+        narrow = Packed(None)
+        narrow.mask = narrowed(self.mask, hidden, ids, ids)
+        return narrow
+
+
+def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
+    """A mask, broadcastable to (N, 1, L, S), less what is hidden from each row, as where prompts differ in length.
+
+    hidden: (N, P) bool, of the first P slots. keys (S,) or (B, S) and queries (L,) or (B, L) are slots. A slot always
+    sees itself, so that no query is left without a key.
+    """
+    rows, device = len(hidden), hidden.device
+    keys, queries = (torch.atleast_2d(ids.to(device)) for ids in (keys, queries))
+    keys, queries = (ids if len(ids) == 1 else ids.repeat(rows // len(ids), 1) for ids in (keys, queries))
+    index = keys.clamp(0, hidden.shape[1] - 1).expand(rows, -1)
+    unseen = hidden.gather(1, index) & (keys < hidden.shape[1])
+    seen = (~unseen[:, None] | (keys[:, None] == queries[..., None]))[:, None]
+    return seen if mask is None else seen & mask.to(device)
 
 
 def attend(q: Tensor, views: Sequence[View], scale: float | None = None, dropout: float = 0.0) -> Tensor:

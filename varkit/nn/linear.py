@@ -78,7 +78,8 @@ def onednn_linear(
 
 
 def _on_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+    onednn = torch.backends.mkldnn
+    return x.device.type == "cpu" and bool(onednn.enabled) and onednn.is_available()
 
 
 def _needs_gradients(x: Tensor, weight: Tensor) -> bool:

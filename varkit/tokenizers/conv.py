@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.errors import UserError
+from varkit.tokenizers.tiled import halo, in_tiles
 
 EPS = 1e-6
 
@@ -218,7 +219,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features (B, latent_channels, h, w) -> images (B, 3, h * stride, w * stride), not clamped.
 
-    level_attention: whether the lowest level attends too, as a VQGAN's, or the middle alone.
+    level_attention: whether the lowest level attends too, as a VQGAN's, or the middle alone. `tile` > 0 draws the
+    levels above the lowest in tiles of so many latent positions a side, in less memory; attention is all below them.
     """
 
     def __init__(self, config: ConvConfig, level_attention: bool = True) -> None:
@@ -241,11 +243,19 @@ class Decoder(nn.Module):
                 )
             )
         self.norm_out = normalisation(widths[0], config.groups)
-        self.patch = config.patch
+        self.patch, self.stride = config.patch, config.stride
+        self.tile, self.halo = 0, halo(len(widths), config.res_blocks)
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch**2, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(laid_out(features)))
-        for level in reversed(self.levels):
+        x = self.levels[-1](self.middle(self.conv_in(laid_out(features))))
+        if not self.tile:
+            return self.upper(x)
+        up = x.shape[-1] // features.shape[-1]
+        return in_tiles(self.upper, x, self.tile * up, self.halo, self.stride // up)
+
+    def upper(self, x: Tensor) -> Tensor:
+        """What the lowest level gives, at twice its resolution -> images."""
+        for level in reversed(self.levels[:-1]):
             x = level(x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)

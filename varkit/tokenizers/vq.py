@@ -17,6 +17,8 @@ from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.codebook import Codebook
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleQuantizer
+from varkit.tokenizers.patch import PatchEncoderConfig
+from varkit.tokenizers.rate import CodeRates
 from varkit.tokenizers.residual import QuantizedTokenizer
 
 if TYPE_CHECKING:
@@ -25,7 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VQConfig:
-    """The defaults are LlamaGen's VQ-16 (71.9M parameters); its VQ-8 has multipliers (1, 2, 2, 4)."""
+    """The defaults are LlamaGen's VQ-16 (71.9M parameters); its VQ-8 has multipliers (1, 2, 2, 4).
+
+    `rate`: how much the frequency of a code counts in the choice (`varkit.tokenizers.rate`), 0 not at all. `encoder`: a
+    patch-wise one in place of `conv`'s.
+    """
 
     conv: ConvConfig = ConvConfig(channels=128, latent_channels=256)
     vocab_size: int = 16384
@@ -33,6 +39,8 @@ class VQConfig:
     grid: Side = 16
     normalize: bool = True
     beta: float = 0.25
+    rate: float = 0.0
+    encoder: PatchEncoderConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, int):
@@ -41,6 +49,10 @@ class VQConfig:
         for name, least in (("vocab_size", 2), ("code_channels", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.rate < 0:
+            raise UserError(
+                f"rate {self.rate} is below 0; 0 chooses by distance alone, 1 is a usual trade-off"
+            )
 
     def build(self) -> "VQ":
         """Make the tokenizer, freshly initialised."""
@@ -54,8 +66,12 @@ class VQ(QuantizedTokenizer):
 
     def __init__(self, config: VQConfig) -> None:
         codebook = Codebook(config.vocab_size, config.code_channels, config.normalize)
-        quantizer = MultiScaleQuantizer(codebook, phis=0, beta=config.beta)
-        super().__init__(config.conv, quantizer, Schedule.of(config.grid), config.code_channels, kernel=1)
+        rates = CodeRates(1, config.vocab_size, config.rate) if config.rate else None
+        quantizer = MultiScaleQuantizer(codebook, phis=0, beta=config.beta, rates=rates)
+        schedule = Schedule.of(config.grid)
+        super().__init__(
+            config.conv, quantizer, schedule, config.code_channels, kernel=1, encoder=config.encoder
+        )
         self.config = config
 
     def encode_features(self, images: Tensor, schedule: Schedule | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varkit.decode.cache.base import Cache
-from varkit.nn.attention import View
+from varkit.nn.attention import View, narrowed
 from varkit.plans.step import Step
 
 
@@ -71,6 +71,11 @@ class FullCache(Cache):
             self._write(keys, k)
             self._write(values, v)
         return [view]
+
+    def narrow(self, hidden: Tensor, ids: Tensor) -> "FullCache":
+        past = torch.arange(self._held).expand(*ids.shape[:-1], -1)
+        self._mask = narrowed(self._mask, hidden, torch.cat([past, ids], dim=-1), ids)
+        return self
 
     def rollback(self, lengths: Tensor) -> None:
         self.written_at[self.written_at >= lengths[:, None]] = -1

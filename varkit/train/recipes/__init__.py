@@ -9,18 +9,20 @@ from varkit.errors import UserError, unknown_name
 from varkit.train.recipes.digits import digits, digits_raster
 from varkit.train.recipes.folder import folder_recipe
 from varkit.train.recipes.infinity_scenes import infinity_scenes
+from varkit.train.recipes.llamagen_scenes import llamagen_scenes
 from varkit.train.recipes.mar_scenes import mar_scenes
 from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
 
 __all__ = [
     "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digits", "digits_raster", "find_recipe",
-    "folder_recipe", "infinity_scenes", "mar_scenes", "scenes",
+    "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
 ]  # fmt: skip
 
 RECIPES = {
     "scenes": scenes,
     "infinity-scenes": infinity_scenes,
+    "llamagen-scenes": llamagen_scenes,
     "mar-scenes": mar_scenes,
     "digits": digits,
     "digits-raster": digits_raster,

@@ -1,0 +1,201 @@
+"""Features of prompts in a file: both layouts, both formats, the commands that write and use them, and other files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from tests import text_models
+from tests.text_models import LONG, PROMPTS, SHORT, WIDTH
+from varkit.cli.main import main
+from varkit.errors import UserError
+from varkit.hub.embeddings import Embeddings, save_embeddings
+from varkit.hub.text_encoders import PretrainedEncoder
+
+t5, clip, features_model = text_models.t5, text_models.clip, text_models.features_model
+SUFFIXES = [".npz", ".safetensors"]
+
+
+def write(path: Path, **arrays: np.ndarray) -> Path:
+    """Plain arrays in either format; prompts are metadata in a .safetensors."""
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+        return path
+    prompts = arrays.pop("prompts", None)
+    metadata = {} if prompts is None else {"prompts": json.dumps([str(p) for p in prompts])}
+    save_file(
+        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
+        path,
+        metadata,
+    )
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_what_is_saved_is_read_again(tmp_path_factory, suffix: str, lengths: list[int], dtype: torch.dtype):
+    path = tmp_path_factory.mktemp("embeddings") / f"file{suffix}"
+    rows = {f"prompt {i}, \u00fc \U0001f600": torch.randn(n, 4).to(dtype) for i, n in enumerate(lengths)}
+    save_embeddings(path, rows)
+    read = Embeddings.load(path)
+    assert read.prompts == list(rows) and read.width == 4
+    for prompt, features in rows.items():
+        assert read.count(prompt) == len(features) and torch.equal(
+            read.encode(prompt).float(), features.float()
+        )
+        if suffix == ".safetensors":
+            assert read.encode(prompt).dtype == dtype
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_padded_features_with_a_mask(tmp_path: Path, suffix: str):
+    features = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    mask = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])  # padding may stand on either side
+    read = Embeddings.load(write(tmp_path / f"padded{suffix}", features=features, mask=mask))
+    assert read.prompts == ["0", "1", "2"] and [read.count(p) for p in read.prompts] == [2, 2, 4]
+    assert np.array_equal(read.encode("1").numpy(), features[1, 2:])
+    named = write(
+        tmp_path / f"named{suffix}", features=features, mask=mask > 0, prompts=np.array(["a", "b", "c"])
+    )
+    assert np.array_equal(Embeddings.load(named).encode("a").numpy(), features[0, :2])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_pictures_of_embeddings_are_those_of_the_encoder(t5: Path, tmp_path: Path, suffix: str):
+    encoder, pipeline = PretrainedEncoder.load(t5), text_models.infinity()
+    save_embeddings(tmp_path / f"e{suffix}", {prompt: encoder.encode(prompt) for prompt in PROMPTS})
+    drawn = [
+        [image.tobytes() for image in pipeline.with_text(source).generate(PROMPTS, seed=1, negative="blue")]
+        for source in (encoder, Embeddings.load(tmp_path / f"e{suffix}"))
+    ]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == len(PROMPTS)
+
+
+ONES = np.ones((2, 3, 4), np.float32)
+MASK = ONES[..., 0]
+WRONG: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "nothing told": ({"features": ONES}, "it has features;"),
+    "other names": ({"text": ONES, "mask": MASK}, "it has mask, text"),
+    "mask of another shape": ({"features": ONES, "mask": MASK[:, :2]}, r"\(2, 3, 4\) and its mask \(2, 2\)"),
+    "lengths of padded features": ({"features": ONES, "lengths": np.array([3, 3])}, "features are"),
+    "lengths of something else": ({"features": ONES[0], "lengths": np.array([1, 1])}, r"its lengths \(2,\)"),
+    "an empty prompt": ({"features": ONES[0], "lengths": np.array([3, 0])}, "one without a token"),
+    "no prompt": ({"features": ONES[0, :0], "lengths": np.array([], np.int64)}, "no prompt"),
+    "fewer prompts": ({"features": ONES, "mask": MASK, "prompts": np.array(["a"])}, "1 prompts and features of 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", WRONG)
+def test_files_of_another_layout(tmp_path: Path, suffix: str, name: str):
+    arrays, says = WRONG[name]
+    path = write(tmp_path / f"wrong{suffix}", **arrays)
+    with pytest.raises(UserError, match=f"holds no embeddings: .*{says}") as error:
+        Embeddings.load(path)
+    assert "features (N, T, D) with mask (N, T), as varkit embed writes" in str(error.value)
+
+
+def test_files_that_are_something_else(tmp_path: Path):
+    for suffix in SUFFIXES:
+        (tmp_path / f"text{suffix}").write_text("a red circle")
+        with pytest.raises(UserError, match="is damaged"):
+            Embeddings.load(tmp_path / f"text{suffix}")
+        with pytest.raises(UserError, match="there is no file"):
+            Embeddings.load(tmp_path / f"nowhere{suffix}")
+    np.savez(tmp_path / "code.npz", features=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(UserError, match="holds more than plain arrays"):
+        Embeddings.load(tmp_path / "code.npz")
+    with pytest.raises(UserError, match="is no name for embeddings; it must end in .npz or .safetensors"):
+        Embeddings.load(tmp_path / "features.pt")
+
+
+def test_prompts_that_are_not_there(tmp_path: Path):
+    save_embeddings(tmp_path / "e.npz", {"a red circle": torch.ones(2, 3)})
+    with pytest.raises(UserError, match="unknown prompt 'a rod circle'; did you mean 'a red circle'"):
+        Embeddings.load(tmp_path / "e.npz").count("a rod circle")
+
+
+# Commands
+
+
+def run(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def drawn(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ten prompts of many lengths, in prompts.txt of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    words = LONG.split()
+    made = [" ".join(words[:n]) for n in range(1, 11)]
+    Path("prompts.txt").write_text("\n".join(made))
+    return made
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_embeddings_draw_what_the_encoder_draws_however_it_is_shared(
+    t5: Path, features_model: Path, prompts: list[str], suffix: str
+):
+    model = ("--model", features_model, "--seed", 4, "--negative", "blue circle of a")
+    run("generate", "--prompts", "prompts.txt", *model, "--text-encoder", t5, "--out", "words")
+    run("embed", "prompts.txt", "--text-encoder", t5, "--out", f"e{suffix}", "--negative", "blue circle of a")
+    run("generate", "--prompts", "prompts.txt", *model, "--embeddings", f"e{suffix}", "--out", "features")
+    run("generate", *model, "--embeddings", f"e{suffix}", "--out", "all")
+    for share in range(3):
+        shared = ("--shard", f"{share}/3", "--out", "shared")
+        run("generate", "--prompts", "prompts.txt", *model, "--text-encoder", t5, *shared)
+    whole = drawn(Path("words"))
+    assert len(whole) == len(prompts) == len(set(whole.values()))
+    assert whole == drawn(Path("features")) == drawn(Path("all")) == drawn(Path("shared"))
+    run("generate", "--prompts", "prompts.txt", *model[:4], "--text-encoder", t5, "--out", "plain")
+    assert drawn(Path("plain")) != whole
+
+
+def test_a_caption_is_enough(t5: Path, features_model: Path, prompts: list[str]):
+    run("generate", SHORT, "--model", features_model, "--text-encoder", t5, "--out", "a.png")
+    messy = SHORT.upper() + " https://example.com"
+    options = ("--model", features_model, "--text-encoder", t5, "--clean-prompts", "--out", "b.png")
+    run("generate", messy, *options)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_one_line_for_each_mistake(
+    t5: Path, features_model: Path, prompts: list[str], capsys, tmp_path: Path
+):
+    def fails(*words: object) -> str:
+        assert main([str(word) for word in words]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1, err
+        assert not list(tmp_path.glob("*.png"))
+        return err
+
+    model = ("generate", SHORT, "--model", features_model)
+    assert "not words; give --text-encoder or --embeddings" in fails(*model)
+    narrow = text_models.save_t5(tmp_path / "narrow", width=16)
+    capsys.readouterr()
+    assert "of 16 channels do not fit this model, which takes 32" in fails(*model, "--text-encoder", narrow)
+    write(tmp_path / "narrow.npz", features=ONES, mask=ONES[..., 0])
+    assert "of 4 channels do not fit" in fails(*model, "--embeddings", "narrow.npz")
+    write(tmp_path / "wide.npz", features=np.ones((2, 3, WIDTH), np.float32), mask=ONES[..., 0])
+    assert "unknown prompt 'a red circle'" in fails(*model, "--embeddings", "wide.npz")
+    write(tmp_path / "other.npz", features=ONES)
+    assert "holds no embeddings" in fails(*model, "--embeddings", "other.npz")
+    assert "there is no text encoder in '/no/where'" in fails(*model, "--text-encoder", "/no/where")
+    assert "give one of them" in fails(*model, "--text-encoder", t5, "--embeddings", "wide.npz")
+    assert "--clean-prompts is for what a text encoder reads" in fails(*model, "--clean-prompts")
+    given = ("--text-encoder", t5, "--negative", "a", "--guidance", 1)
+    assert "a negative prompt needs guidance" in fails(*model, *given)
+    assert "no name for embeddings" in fails("embed", "prompts.txt", "--text-encoder", t5, "--out", "e.pt")
+    assert "takes no features" in fails("generate", "--label", 1, "--model", "digits", "--text-encoder", t5)
