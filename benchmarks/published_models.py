@@ -52,11 +52,10 @@ def _var(folder: Path) -> tuple[nn.Module, Any]:
     for kind, reset in kept.items():  # it switches them off for all that is made later
         kind.reset_parameters = reset  # type: ignore[assignment]
     for name, parameter in vae.named_parameters():  # which leaves them without values
-        (
+        if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
-            if parameter.ndim > 1
-            else nn.init.constant_(parameter, "norm" in name)
-        )
+        else:
+            nn.init.constant_(parameter, "norm" in name and "weight" in name)
     return vae.eval(), var.eval()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import varkit
 from varkit.cli.console import print_table
+from varkit.decode.loop import run
 from varkit.hardware import hardware
 from varkit.hub.pipeline import bundled
 from varkit.tokenizers.bitwise import BitwiseConfig
@@ -73,13 +74,8 @@ def _drawing(layout: str, pixels: int) -> tuple[Decoder, Tensor]:
     if layout in bundled():
         pipeline = varkit.load(layout)
         prompts = ["a red circle"] if layout == "scenes" else [i % 10 for i in range(16)]
-        tokenizer, state = pipeline.tokenizer, None
-        states = pipeline.starts(prompts * (16 // len(prompts)), batch_size=16)
-        for state in states:
-            from varkit.decode.loop import run
-
-            run(pipeline.model, state)
-        f_hat = state.canvas.f_hat  # type: ignore[union-attr]
+        tokenizer = pipeline.tokenizer
+        f_hat = run(pipeline.model, pipeline.start(prompts * (16 // len(prompts)))).canvas.f_hat
         side = f_hat.shape[-1]
         count = pixels // (side * tokenizer.stride)
         chosen = f_hat[torch.arange(count * count) % len(f_hat)].unflatten(0, (count, count))

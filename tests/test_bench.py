@@ -12,7 +12,7 @@ from tests.contracts import CASES
 from varkit.bench.machine import Limits, limits
 from varkit.bench.measure import any_condition, measure
 from varkit.bench.parts import REST, Parts
-from varkit.bench.released import RELEASED
+from varkit.bench.sizes import SIZES
 from varkit.bench.work import Product, Work
 from varkit.cli.main import main
 from varkit.hub.pipeline import Settings
@@ -86,9 +86,9 @@ def test_rates_are_those_of_kernels_at_the_works_shapes():
     assert 1e7 < found.flops < 1e14 and 1e8 < found.bytes < 1e13
 
 
-@pytest.mark.parametrize("name", sorted(RELEASED))
+@pytest.mark.parametrize("name", sorted(SIZES))
 def test_released_sizes_fit_together(name: str):
-    configs, _ = RELEASED[name]()
+    configs, _ = SIZES[name]()
     parts = {part: build_empty(config.build) for part, config in configs.items()}
     total = Counter(
         {

@@ -13,7 +13,6 @@ from varkit.nn.linear import (
     _has_onednn_linear,
     convolution_linear,
     linear,
-    linear_gelu,
     onednn_linear,
     pack,
 )
@@ -144,9 +143,9 @@ def test_the_fused_activation_is_as_exact_as_the_separate_one(approximate: str, 
     with torch.no_grad():
         exact = F.gelu(wide(x.double()), approximate=approximate)
         separate = F.gelu(layer(x), approximate=approximate)
-        assert relative(linear_gelu(x, layer, approximate), exact) < 1.5 * relative(separate, exact) + 1e-7
+        assert relative(layer.gelu(x, approximate), exact) < 1.5 * relative(separate, exact) + 1e-7
     inputs = [x.requires_grad_(), *layer.parameters()]
-    assert all(g.any() for g in torch.autograd.grad(linear_gelu(x, layer, approximate).sum(), inputs))
+    assert all(g.any() for g in torch.autograd.grad(layer.gelu(x, approximate).sum(), inputs))
 
 
 @pytest.mark.parametrize("groups", [0, 4])
@@ -179,7 +178,7 @@ def test_packed_weights_are_used_until_they_change(
         plain = F.linear(x, layer.weight, layer.bias)
         monkeypatch.setattr("varkit.nn.linear.onednn_linear", watched)
         assert relative(layer(x), plain) < 1e-6 and used[-1].is_mkldnn
-        assert relative(linear_gelu(x, layer, "tanh"), F.gelu(plain, approximate="tanh")) < 0.01
+        assert relative(layer.gelu(x, "tanh"), F.gelu(plain, approximate="tanh")) < 0.01
         layer.weight.mul_(2)
         assert relative(layer(x) - layer.bias, 2 * (plain - layer.bias)) < 0.01
         layer.load_state_dict(Linear(64, 96).state_dict())

@@ -16,9 +16,13 @@ from varkit.bench.parts import Parts
 from varkit.bench.work import Product, Work
 from varkit.decode.loop import run
 from varkit.generators.base import Condition
+from varkit.generators.text import TextFeaturesConfig
 from varkit.hub.pipeline import Pipeline
+from varkit.hub.prompts import nothing, padded
 
 SEED = 0
+PROMPT = 16
+"""Tokens of a prompt of features."""
 
 
 def measure(pipeline: Pipeline, condition: Condition, rounds: int = 5) -> dict[str, Any]:
@@ -108,13 +112,6 @@ def _total(numbers: Iterable[float]) -> float:
 def any_condition(pipeline: Pipeline) -> Condition:
     """A condition of one sample, whatever the model takes: label 0, an empty prompt, or random features."""
     wanted = pipeline.condition
-    if hasattr(wanted, "classes"):
-        return {"label": torch.zeros(1, 1, dtype=torch.int64)}
-    if hasattr(wanted, "vocabulary"):
-        return pipeline.conditions([""])
-    features = torch.randn(1, 1, PROMPT, wanted.width, generator=torch.Generator().manual_seed(SEED))
-    return {"features": features, "mask": torch.ones(1, 1, PROMPT, dtype=torch.bool)}
-
-
-PROMPT = 16
-"""Tokens of a prompt of features."""
+    if isinstance(wanted, TextFeaturesConfig):
+        return padded([torch.randn(PROMPT, wanted.width, generator=torch.Generator().manual_seed(SEED))])
+    return nothing(wanted, 1)

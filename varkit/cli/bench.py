@@ -32,16 +32,16 @@ class Bench:
         import torch
 
         from varkit.bench.measure import any_condition, measure
-        from varkit.bench.released import RELEASED, released
+        from varkit.bench.sizes import SIZES, random_model
         from varkit.hardware import hardware
         from varkit.hub.pipeline import load
 
-        pipeline = released(self.what) if self.what in RELEASED else load(self.what)
+        pipeline = random_model(self.what) if self.what in SIZES else load(self.what)
         pipeline = pipeline.to(getattr(torch, self.dtype))
         if self.packed:
             pipeline.packed()
         if not self.json:
-            log(f"drawing {self.rounds + 2} pictures, one at a time")
+            log(f"drawing {self.rounds + 1} pictures, one at a time")
         result = measure(pipeline, any_condition(pipeline), self.rounds)
         facts = {
             "what": self.what,

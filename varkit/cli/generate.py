@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from varkit.files import atomic_write, ensure_writable
 if TYPE_CHECKING:
     from PIL import Image
 
+    from varkit.hub.embeddings import Embeddings
     from varkit.hub.pipeline import Pipeline
     from varkit.hub.prompts import TextSource
 
@@ -155,9 +157,7 @@ class Generate(Sampling):
 
     def _text_source(self) -> "TextSource | None":
         if self.embeddings is not None:
-            from varkit.hub.embeddings import Embeddings
-
-            return Embeddings.load(self.embeddings)
+            return self._stored
         if self.text_encoder is not None:
             from varkit.hub.text_encoders import PretrainedEncoder
 
@@ -187,9 +187,15 @@ class Generate(Sampling):
             return [self.caption]
         if self.embeddings is None:
             raise UserError("nothing to draw was given; add a caption, --label N or --prompts FILE")
+        return [prompt for prompt in self._stored.prompts if prompt != self.negative]
+
+    @cached_property
+    def _stored(self) -> "Embeddings":
+        """The file of embeddings."""
         from varkit.hub.embeddings import Embeddings
 
-        return [prompt for prompt in Embeddings.load(self.embeddings).prompts if prompt != self.negative]
+        assert self.embeddings is not None
+        return Embeddings.load(self.embeddings)
 
     def _targets(self, prompts: Sequence[str | int]) -> list[Path]:
         return self._paths(prompts, single=self.grid)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.errors import UserError
-from varkit.generators.text import BEGIN, PAD, TextConfig, TextEncoder
+from varkit.generators.text import BEGIN, PAD, TextConfig, TextEncoder, TextFeaturesConfig
 from varkit.nn.linear import Linear
 
 
@@ -81,6 +81,43 @@ class TextCondition(Conditioner):
     def initialise(self) -> None:
         """The encoder starts by its own width."""
         self.encoder.initialise()
+
+
+class ReadingCondition(Conditioner):
+    """{"features": (N, T, D), "mask": (N, T) bool} from outside, or {"text": (N, T)} for an encoder trained along.
+
+    Words that ask for nothing are the empty prompt; features that do are the subclass's (`empty`), under the mask of
+    the prompt that they stand for.
+    """
+
+    def __init__(self, config: TextConfig | TextFeaturesConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TextEncoder(config) if isinstance(config, TextConfig) else None
+
+    def read(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features (N, T, D), and their mask (N, T). Raises `UserError` for features that do not fit."""
+        if self.encoder is not None:
+            features, mask, _ = self.encoder(condition["text"])
+            return features, mask
+        assert isinstance(self.config, TextFeaturesConfig)
+        self.config.check(condition["features"])
+        return condition["features"], condition["mask"]
+
+    def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.encoder is not None:
+            return {"text": empty_prompt(condition["text"])}
+        features, mask = self.read(condition)
+        return {"features": self.empty(features, mask).to(features.dtype), "mask": mask}
+
+    @abstractmethod
+    def empty(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Features of the same shape (..., T, D) that ask for nothing."""
+
+    def initialise(self) -> None:
+        """The encoder starts by its own width."""
+        if self.encoder is not None:
+            self.encoder.initialise()
 
 
 def empty_prompt(text: Tensor) -> Tensor:

@@ -12,25 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varkit.generators.conditioning import Conditioner, empty_prompt
-from varkit.generators.text import TextConfig, TextEncoder, TextFeaturesConfig
+from varkit.generators.conditioning import ReadingCondition
+from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.nn.adaln import FeedForward
 
 
-class PrefixCondition(Conditioner):
-    """{"features": (N, T, D), "mask": (N, T) bool} or {"text": (N, T)} -> vector (N, C), prefix (N, P, C), mask (N, P).
+class PrefixCondition(ReadingCondition):
+    """Features or words -> vector (N, C), prefix (N, P, C), mask (N, P).
 
     The vector is the last slot's, which the first prediction is read from. Padding may stand anywhere. Features that
-    ask for nothing are fixed, one vector a slot, under the prompt's own mask: what they mean is learned by the two
-    layers. With words it is the empty prompt.
+    ask for nothing are fixed, one vector a slot: what they mean is learned by the two layers.
     """
 
     null_features: Tensor | None
 
     def __init__(self, config: TextConfig | TextFeaturesConfig, width: int) -> None:
-        super().__init__()
-        self.config, self.memory_width = config, width
-        self.encoder = TextEncoder(config) if isinstance(config, TextConfig) else None
+        super().__init__(config)
+        self.memory_width = width
         empty = None
         if isinstance(config, TextFeaturesConfig):
             empty = torch.randn(config.length, config.width) / config.width**0.5
@@ -38,32 +36,16 @@ class PrefixCondition(Conditioner):
         self.project = FeedForward(config.width, width, outputs=width, bias=False)
 
     def forward(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if self.encoder is not None:
-            features, mask, _ = self.encoder(condition["text"])
-        else:
-            features, mask = self._given(condition).to(self.project.up.weight.dtype), condition["mask"]
+        features, mask = self.read(condition)
         order = _to_the_right(mask)
         missing = self.config.length - mask.shape[1]
-        features = features.gather(1, order[..., None].expand_as(features))
+        features = features.to(self.project.up.weight.dtype).gather(1, order[..., None].expand_as(features))
         prefix = self.project(F.pad(features, (0, 0, missing, 0)))
         return prefix[:, -1], prefix, F.pad(mask.gather(1, order), (missing, 0))
 
-    def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.null_features is None:
-            return {"text": empty_prompt(condition["text"])}
-        features, mask = self._given(condition), condition["mask"]
-        slots = _to_the_right(mask).argsort(dim=-1) + self.config.length - mask.shape[-1]
-        return {"features": self.null_features[slots].to(features.dtype), "mask": mask}
-
-    def _given(self, condition: dict[str, Tensor]) -> Tensor:
-        assert isinstance(self.config, TextFeaturesConfig)
-        self.config.check(condition["features"])
-        return condition["features"]
-
-    def initialise(self) -> None:
-        """The encoder starts by its own width."""
-        if self.encoder is not None:
-            self.encoder.initialise()
+    def empty(self, features: Tensor, mask: Tensor) -> Tensor:
+        assert self.null_features is not None
+        return self.null_features[_to_the_right(mask).argsort(dim=-1) + self.config.length - mask.shape[-1]]
 
 
 def _to_the_right(mask: Tensor) -> Tensor:

@@ -10,22 +10,21 @@ Legend: N rows, T text length, D features of the encoder, C width.
 import torch
 from torch import Tensor, nn
 
-from varkit.generators.conditioning import Conditioner, empty_prompt
-from varkit.generators.text import TextConfig, TextEncoder, TextFeaturesConfig
+from varkit.generators.conditioning import ReadingCondition
+from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.nn.adaln import FeedForward
 from varkit.nn.attention import AttentivePool
 
 
-class PromptCondition(Conditioner):
-    """{"features": (N, T, D), "mask": (N, T) bool} or {"text": (N, T)} -> vector (N, C), memory (N, T, C), mask (N, T).
+class PromptCondition(ReadingCondition):
+    """Features or words -> vector (N, C), memory (N, T, C), mask (N, T).
 
-    Features that ask for nothing are learned, one vector a place, as many as the prompt had; words, the empty prompt.
+    Features that ask for nothing are learned, one vector a place, as many as the prompt had.
     """
 
     def __init__(self, config: TextConfig | TextFeaturesConfig, width: int) -> None:
-        super().__init__()
-        self.encoder = TextEncoder(config) if isinstance(config, TextConfig) else None
-        self.config, self.null_features = config, None
+        super().__init__(config)
+        self.null_features = None
         if isinstance(config, TextFeaturesConfig):
             self.null_features = nn.Parameter(torch.empty(config.length, config.width))
             nn.init.trunc_normal_(self.null_features, std=1.2 / config.width**0.5)
@@ -35,29 +34,13 @@ class PromptCondition(Conditioner):
         self.project = FeedForward(config.width, width, outputs=width)
 
     def forward(self, condition: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if self.encoder is not None:
-            features, mask, _ = self.encoder(condition["text"])
-        else:
-            features, mask = self._given(condition).to(self.norm.weight.dtype), condition["mask"]
-        normed = self.norm(features)
+        features, mask = self.read(condition)
+        normed = self.norm(features.to(self.norm.weight.dtype))
         return self.pool(normed, mask), self.project(normed), mask
 
-    def null(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.null_features is None:
-            return {"text": empty_prompt(condition["text"])}
-        features = self._given(condition)
-        empty = self.null_features[: features.shape[-2]].to(features.dtype).expand_as(features)
-        return {"features": empty, "mask": condition["mask"]}
-
-    def _given(self, condition: dict[str, Tensor]) -> Tensor:
-        assert isinstance(self.config, TextFeaturesConfig)
-        self.config.check(condition["features"])
-        return condition["features"]
-
-    def initialise(self) -> None:
-        """The encoder starts by its own width."""
-        if self.encoder is not None:
-            self.encoder.initialise()
+    def empty(self, features: Tensor, mask: Tensor) -> Tensor:
+        assert self.null_features is not None
+        return self.null_features[: features.shape[-2]].expand_as(features)
 
 
 def pool_heads(features: int, width: int) -> int:

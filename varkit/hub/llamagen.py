@@ -28,8 +28,8 @@ from varkit.hub.keymap import (
     to_published,
 )
 from varkit.hub.states import State, build_empty
+from varkit.hub.var import conv_config
 from varkit.plans.schedule import Side
-from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.vq import VQConfig
 
 CLASSES, NULL = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
@@ -141,15 +141,8 @@ def tokenizer_config(state: Mapping[str, Tensor], grid: Side = 16) -> VQConfig:
     """The configuration that a published tokenizer's shapes tell; they do not tell the grid."""
     whose = "LlamaGen tokenizer"
     vocab_size, code_channels = entry(state, "quantize.embedding.weight", whose).shape
-    first = entry(state, "encoder.conv_in.weight", whose).shape[0]
-    levels = range(grouped(state, r"encoder\.conv_blocks\.(\d+)\."))
-    widths = [entry(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", whose).shape[0] for i in levels]
-    conv = ConvConfig(
-        channels=first,
-        multipliers=tuple(width // first for width in widths),
-        res_blocks=grouped(state, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-        latent_channels=entry(state, "encoder.conv_out.weight", whose).shape[0],
-    )
+    latents = entry(state, "encoder.conv_out.weight", whose).shape[0]
+    conv = conv_config(state, latents, True, whose, ("conv_blocks", "res"))
     return VQConfig(conv, vocab_size, code_channels, grid)
 
 

@@ -38,11 +38,10 @@ def files(pipeline: Pipeline) -> Files:
     """What is published of a pipeline. Raises `UserError` for a model that the published layout cannot express."""
     tokenizer, generator = pipeline.configs["tokenizer"], pipeline.configs["generator"]
     if not isinstance(tokenizer, MultiScaleVQConfig) or not isinstance(generator.condition, ClassConfig):
-        kinds = (
-            f"{type(tokenizer).__name__}, {type(generator).__name__}, {type(generator.condition).__name__}"
-        )
+        kinds = f"{type(tokenizer).__name__}, {type(generator.condition).__name__}"
         raise UserError(
-            f"only class-conditional VAR and MAR models, and Infinity's, have a published layout; this one is {kinds}"
+            "only class-conditional VAR and MAR models, LlamaGen's, and Infinity's over text features have a published "
+            f"layout; this one is {kinds}"
         )
     state, conv = states_of(pipeline), tokenizer.conv
     autoencoder = var.tokenizer_to_published(state["tokenizer"], tokenizer)

@@ -86,15 +86,25 @@ def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
     return found
 
 
-def conv_config(state: Mapping[str, Tensor], latents: int, attention: bool, whose: str) -> ConvConfig:
-    """The convolutions that a published autoencoder's shapes tell, in the layout that these families share (LDM's)."""
+def conv_config(
+    state: Mapping[str, Tensor],
+    latents: int,
+    attention: bool,
+    whose: str,
+    names: tuple[str, str] = ("down", "block"),
+) -> ConvConfig:
+    """The convolutions that a published autoencoder's shapes tell.
+
+    names: of levels, and of blocks in a level; by default those of LDM's layout, which most families share.
+    """
     first = entry(state, "encoder.conv_in.weight", whose).shape[0]
-    levels = range(grouped(state, r"encoder\.down\.(\d+)\."))
-    widths = [entry(state, f"encoder.down.{i}.block.0.conv1.weight", whose).shape[0] for i in levels]
+    level, block = names
+    levels = range(grouped(state, rf"encoder\.{level}\.(\d+)\."))
+    widths = [entry(state, f"encoder.{level}.{i}.{block}.0.conv1.weight", whose).shape[0] for i in levels]
     return ConvConfig(
         channels=first,
         multipliers=tuple(width // first for width in widths),
-        res_blocks=grouped(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        res_blocks=grouped(state, rf"encoder\.{level}\.0\.{block}\.(\d+)\."),
         latent_channels=latents,
         attention=attention,
     )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.nn.attention import CosineNorm, CrossAttention, NoNorm, Rotation, SelfAttention, Window
-from varkit.nn.linear import Linear, linear_gelu
+from varkit.nn.linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
         self.approximate, self.dropout = approximate, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        h = linear_gelu(x, self.up, self.approximate)
+        h = self.up.gelu(x, self.approximate)
         return self.down(F.dropout(h, self.dropout, self.training) if self.dropout else h)
 
 

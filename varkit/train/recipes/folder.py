@@ -7,14 +7,12 @@ from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
-from varkit.plans.schedule import Side
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
-from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
+from varkit.train.recipes.recipe import PYRAMID, GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.task import TrainConfig
 
 LONGEST_CAPTION = 511
-PYRAMID: tuple[Side, ...] = (1, 2, 3, 4, 6, 8)
 
 
 def folder_recipe(spec: str, dataset: Dataset) -> Recipe:

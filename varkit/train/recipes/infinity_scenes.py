@@ -6,16 +6,8 @@ from varkit.generators.infinity import InfinityConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
-from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
-from varkit.train.recipes.scenes import (
-    CONV,
-    DECODER_TRAIN,
-    GENERATOR_TRAIN,
-    PROMPTS,
-    PYRAMID,
-    TEXT,
-    TOKENIZER_TRAIN,
-)
+from varkit.train.recipes.recipe import PYRAMID, GeneratorRecipe, Recipe
+from varkit.train.recipes.scenes import CONV, GENERATOR_TRAIN, TEXT, of_scenes
 from varkit.train.self_correction import SelfCorrection
 
 BITS = 16
@@ -36,10 +28,9 @@ def infinity_scenes() -> Recipe:
         gate_init=0.5,
         modulation_init=0.5,
     )
-    return Recipe(
+    return of_scenes(
         "infinity-scenes",
-        "scenes",
-        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=DECODER_TRAIN),
+        tokenizer,
         GeneratorRecipe(
             generator,
             GENERATOR_TRAIN,
@@ -47,5 +38,4 @@ def infinity_scenes() -> Recipe:
             teach=SelfCorrection,
             settings=Settings(ramp=True, guidance=2.5),
         ),
-        prompts=PROMPTS,
     )

@@ -6,15 +6,8 @@ from varkit.generators.llamagen import LlamaGenConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.tokenizers.vq import VQConfig
-from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
-from varkit.train.recipes.scenes import (
-    CONV,
-    DECODER_TRAIN,
-    GENERATOR_TRAIN,
-    PROMPTS,
-    TEXT,
-    TOKENIZER_TRAIN,
-)
+from varkit.train.recipes.recipe import GeneratorRecipe, Recipe
+from varkit.train.recipes.scenes import CONV, GENERATOR_TRAIN, TEXT, of_scenes
 
 
 def llamagen_scenes() -> Recipe:
@@ -26,10 +19,9 @@ def llamagen_scenes() -> Recipe:
     generator = LlamaGenConfig(
         depth=8, width=192, heads=3, vocab_size=tokenizer.vocab_size, condition=TEXT, multiple_of=64
     )
-    return Recipe(
+    return of_scenes(
         "llamagen-scenes",
-        "scenes",
-        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=DECODER_TRAIN),
+        tokenizer,
         GeneratorRecipe(
             generator,
             replace(GENERATOR_TRAIN, steps=12_000, lr=1.5e-3),
@@ -37,5 +29,4 @@ def llamagen_scenes() -> Recipe:
             pictures=192_000,
             settings=Settings(guidance=2.5, top_p=0.95),
         ),
-        prompts=PROMPTS,
     )

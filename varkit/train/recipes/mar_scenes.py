@@ -6,8 +6,8 @@ from varkit.generators.mar import MARConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.kl import KLConfig
 from varkit.train.masked_lessons import MaskedLessons
-from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
-from varkit.train.recipes.scenes import CONV, GENERATOR_TRAIN, PROMPTS, TEXT, TOKENIZER_TRAIN
+from varkit.train.recipes.recipe import GeneratorRecipe, Recipe
+from varkit.train.recipes.scenes import CONV, GENERATOR_TRAIN, TEXT, of_scenes
 
 
 def mar_scenes() -> Recipe:
@@ -16,10 +16,9 @@ def mar_scenes() -> Recipe:
     generator = MARConfig(
         depth=4, width=192, heads=3, condition=TEXT, grid=8, buffer=TEXT.length, dropout=0.0, attention_dropout=0.0
     )  # fmt: skip
-    return Recipe(
+    return of_scenes(
         "mar-scenes",
-        "scenes",
-        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16),
+        tokenizer,
         GeneratorRecipe(
             generator,
             GENERATOR_TRAIN,
@@ -27,5 +26,4 @@ def mar_scenes() -> Recipe:
             teach=MaskedLessons,
             settings=Settings(ramp=True, guidance=3.0),
         ),
-        prompts=PROMPTS,
     )

@@ -10,6 +10,7 @@ from varkit.generators.mar import MARConfig
 from varkit.generators.pixelcnn import PixelCNNConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
+from varkit.plans.schedule import Side
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
@@ -18,6 +19,9 @@ from varkit.tokenizers.vq import VQConfig
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
+
+PYRAMID: tuple[Side, ...] = (1, 2, 3, 4, 6, 8)
+"""Scales of pictures of 64 x 64, at 8 pixels a position."""
 
 
 @dataclass(frozen=True)

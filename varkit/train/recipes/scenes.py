@@ -2,20 +2,20 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from varkit.data.captions import WORDS
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
-from varkit.plans.schedule import Side
 from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.train.lessons import WholePlan
-from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
+from varkit.train.recipes.recipe import PYRAMID, GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.task import TrainConfig
 
-PYRAMID: tuple[Side, ...] = (1, 2, 3, 4, 6, 8)
 TEXT = TextConfig(vocabulary=tuple(WORDS), length=24, width=192, depth=4, heads=6)
 CONV = ConvConfig(
     128, multipliers=(1, 1), res_blocks=1, latent_channels=32, attention=False, groups=0, patch=4
@@ -52,10 +52,9 @@ def scenes() -> Recipe:
         adaln_init=0.5,
         reach=1,
     )
-    return Recipe(
+    return of_scenes(
         "scenes",
-        "scenes",
-        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=DECODER_TRAIN),
+        tokenizer,
         GeneratorRecipe(
             generator,
             replace(GENERATOR_TRAIN, steps=36_000, lr=1.5e-3),
@@ -64,5 +63,18 @@ def scenes() -> Recipe:
             teach=partial(WholePlan, step_power=0.5),
             settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
         ),
+    )
+
+
+def of_scenes(name: str, tokenizer: Any, generator: GeneratorRecipe) -> Recipe:
+    """A recipe over captioned scenes, whose tokenizer (a configuration) is trained as that of `scenes`; decoders of
+    quantised features go on alone afterwards.
+    """
+    decoder = None if isinstance(tokenizer, KLConfig) else DECODER_TRAIN
+    return Recipe(
+        name,
+        "scenes",
+        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=decoder),
+        generator,
         prompts=PROMPTS,
     )
