@@ -1,9 +1,11 @@
-"""Run a module as a user would start it with torchrun, or alone."""
+"""Run a module in a process of its own: as a user would start it with torchrun, or alone to be measured."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -12,13 +14,25 @@ def launch(ranks: int, module: str, *arguments: object) -> "subprocess.Completed
     """`ranks` processes of one thread each, which must succeed; more than one by torchrun."""
     # What follows -- is the module's own: torchrun would take --n for one of its options.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--"]
-    done = subprocess.run(
-        [sys.executable, *(torchrun if ranks > 1 else ["-m"]), module, *map(str, arguments)],
+    module_and_arguments = [*(torchrun if ranks > 1 else ["-m"]), module, *map(str, arguments)]
+    done = _run(module_and_arguments, threads=1)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def measured(program: str, *arguments: object, fails: bool = False) -> dict[str, Any]:
+    """What a program of tests/programs prints; of one that fails, the end of what it says."""
+    done = _run(["-m", f"tests.programs.{program}", *map(str, arguments)], threads=2)
+    assert (done.returncode != 0) == fails, done.stderr[-4000:]
+    return {"error": done.stderr[-4000:]} if fails else json.loads(done.stdout.splitlines()[-1])
+
+
+def _run(arguments: list[str], threads: int) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done

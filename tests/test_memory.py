@@ -1,16 +1,11 @@
 """How much memory loading takes, measured in processes of their own: at most 1.15 times the weights."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.launch import ROOT
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
@@ -24,16 +19,6 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory"
 )
 ALLOWED = 1.15
-
-
-def measured(program: str, *arguments: object, fails: bool = False) -> dict[str, Any]:
-    """What a program of tests/programs prints; of one that fails, the end of what it says."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.programs.{program}", *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stderr[-4000:]
-    return {"error": done.stderr[-4000:]} if fails else json.loads(done.stdout.splitlines()[-1])
 
 
 def pipeline(width: int) -> Pipeline:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.contracts import CASES, Case
+from tests.launch import measured
 from tests.programs.large_model import write_model
-from tests.test_memory import measured
 from varkit.cli.main import main
 from varkit.decode.loop import run
 from varkit.errors import UserError

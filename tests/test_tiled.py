@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.contracts import CASES
-from tests.programs.peak import forget_peak, peak_bytes
+from tests.launch import measured
 from varkit.cli.main import main
 from varkit.errors import UserError
 from varkit.hub.pipeline import Settings, load
@@ -79,15 +79,8 @@ def test_group_statistics_make_a_difference_that_shrinks_with_larger_tiles():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
-@torch.no_grad()
 def test_tiles_take_less_memory():
-    network = decoder(ConvConfig(32, (1, 1, 2), res_blocks=1, latent_channels=8, groups=0))
-    features, grown = torch.randn(1, 8, 96, 96), []
-    for tile in (0, 16):
-        network.tile = tile
-        before = forget_peak()
-        network(features)
-        grown.append(peak_bytes() - before)
+    grown = measured("tiles")["grown"]
     assert grown[0] > 40e6 and grown[1] < grown[0] / 3, grown
 
 
