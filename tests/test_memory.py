@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.launch import measured
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
