@@ -125,9 +125,11 @@ def together() -> Iterator[Ranks]:
     store, rank, world = next(dist.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    yield current()
-    _part(store, rank, world)
-    dist.destroy_process_group()
+    try:
+        yield current()
+        _part(store, rank, world)
+    finally:  # also after an error: threads of the group that live on would abort the process at its end
+        dist.destroy_process_group()
 
 
 def _part(store: dist.Store, rank: int, world: int) -> None:

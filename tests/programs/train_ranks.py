@@ -1,6 +1,7 @@
 """Train a tiny model for ten steps, alone or under torchrun: FOLDER [STOP], where STOP ends the process that early."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ from varkit.train.trainer import Trainer
 STEPS = 10
 
 
+class Stop(Exception):
+    """The process is to end here."""
+
+
 def main(folder: Path, stop: int = STEPS) -> None:
     """Go on with the run in `folder`, if there is one."""
     tokenizer, model = CASES["var-class"].build()
@@ -29,11 +34,11 @@ def main(folder: Path, stop: int = STEPS) -> None:
 
     def stopping(self: Trainer, steps: int):
         if self.at.step == stop:
-            raise SystemExit(0)
+            raise Stop
         return step(self, steps)
 
     Trainer.step = stopping  # type: ignore[method-assign]
-    with together():
+    with together(), suppress(Stop):  # every rank stops at the same step, and they part in order
         train(task, config, folder, resume=(folder / "config.json").exists(), quiet=True)
 
 

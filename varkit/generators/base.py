@@ -6,6 +6,7 @@ Legend: R condition branches, B samples, N = R x B rows (branch-major), L slots 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -48,6 +49,21 @@ class Generator(nn.Module, ABC):
         ports: Ports | None = None,
     ) -> Tensor:
         """Values at the step's slots, (B, L, ...), by name -> hidden states (N, L, C) after the last norm."""
+
+
+class GeneratorConfig(Protocol):
+    """What describes a generator: plain values in a frozen dataclass."""
+
+    @property
+    def condition(self) -> Any:
+        """How what users ask for becomes a condition."""
+
+    def fitted(self, tokenizer: Any) -> dict[str, Any]:
+        """The configurations of generator, head and plan (by these names) for a tokenizer's; `UserError` if they do
+        not go together."""
+
+    def build(self) -> Generator:
+        """The network, freshly initialised."""
 
 
 def branches_and_batch(prepared: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Legend: B batch, H W image, h w latent grid, L positions of the schedule, D late
 """
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -53,3 +54,10 @@ class Tokenizer(nn.Module, ABC):
                 f"images of shape {tuple(images.shape)} do not fit this tokenizer; the schedule's finest grid "
                 f"{(schedule or self.schedule).last} at stride {self.stride} needs (B, 3, {expected[0]}, {expected[1]})"
             )
+
+
+class TokenizerConfig(Protocol):
+    """What describes a tokenizer: plain values in a frozen dataclass."""
+
+    def build(self) -> Tokenizer:
+        """The network, freshly initialised."""

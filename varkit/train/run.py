@@ -22,12 +22,9 @@ from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
 from varkit.pictures import grid
 from varkit.ranks import current
-from varkit.tokenizers.bitwise import Bitwise
+from varkit.tokenizers.base import Tokenizer
 from varkit.tokenizers.kl import KL
-from varkit.tokenizers.multiscale_vq import MultiScaleVQ
-from varkit.tokenizers.pixels import Pixels
 from varkit.tokenizers.residual import QuantizedTokenizer
-from varkit.tokenizers.vq import VQ
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.lessons import WholePlan
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
@@ -38,7 +35,6 @@ from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens, encode
 
 Say = Callable[[str], None]
-AnyTokenizer = MultiScaleVQ | VQ | Bitwise | KL | Pixels
 HELD_OUT = 512
 
 
@@ -140,7 +136,7 @@ def _silent(text: str) -> None:
     """What every process but the first says."""
 
 
-def _encoded(tokenizer: AnyTokenizer, dataset: Dataset, count: int, folder: Path) -> Tokens:
+def _encoded(tokenizer: Tokenizer, dataset: Dataset, count: int, folder: Path) -> Tokens:
     """Encode once, by the first process, and read by all."""
     ranks = current()
     if ranks.first:
@@ -181,7 +177,7 @@ def _begun_with(root: Path) -> dict[str, Any]:
         raise UserError(f"{str(record)!r} is damaged ({error}); start a new training") from error
 
 
-def _given_tokenizer(folder: str, kind: type) -> AnyTokenizer:
+def _given_tokenizer(folder: str, kind: type) -> Tokenizer:
     """The tokenizer in a trained model's folder; its configuration must be a `kind`."""
     root = Path(folder)
     loaded = load_parts(root / "model" if (root / "model").is_dir() else root)
@@ -196,12 +192,12 @@ def _given_tokenizer(folder: str, kind: type) -> AnyTokenizer:
 
 def _train_tokenizer(
     request: Request, recipe: Recipe, dataset: Dataset, root: Path, share: float, say: Say
-) -> AnyTokenizer:
+) -> Tokenizer:
     part = recipe.tokenizer
     tokenizer = part.config.build()
     if part.train is None:
         return tokenizer
-    assert not isinstance(tokenizer, Pixels), "pixels have nothing to learn; their recipe says train=None"
+    assert isinstance(tokenizer, QuantizedTokenizer | KL), "nothing to learn here; the recipe says train=None"
     settings = {
         "recipe": recipe.name,
         "tokenizer": to_json(part.config),
@@ -228,7 +224,7 @@ def _train_tokenizer(
 def _train_generator(
     request: Request,
     recipe: Recipe,
-    tokenizer: AnyTokenizer,
+    tokenizer: Tokenizer,
     tokens: Tokens,
     held_out: Tokens,
     root: Path,

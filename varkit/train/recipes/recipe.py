@@ -4,18 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from varkit.generators.infinity import InfinityConfig
-from varkit.generators.llamagen import LlamaGenConfig
-from varkit.generators.mar import MARConfig
-from varkit.generators.pixelcnn import PixelCNNConfig
-from varkit.generators.var import VARConfig
+from varkit.generators.base import GeneratorConfig
 from varkit.hub.pipeline import Settings
 from varkit.plans.schedule import Side
-from varkit.tokenizers.bitwise import BitwiseConfig
-from varkit.tokenizers.kl import KLConfig
-from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
-from varkit.tokenizers.pixels import PixelsConfig
-from varkit.tokenizers.vq import VQConfig
+from varkit.tokenizers.base import TokenizerConfig
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
@@ -32,7 +24,7 @@ class TokenizerRecipe:
     decoder: how its decoder goes on alone afterwards, for the squared error; with `--minutes`, a fifth of the share.
     """
 
-    config: MultiScaleVQConfig | VQConfig | BitwiseConfig | KLConfig | PixelsConfig
+    config: TokenizerConfig
     train: TrainConfig | None
     loss: TokenizerLossConfig = TokenizerLossConfig()
     batch_size: int = 32
@@ -49,7 +41,7 @@ class GeneratorRecipe:
     parts: configurations in place of the head or plan that the generator has by default, by name.
     """
 
-    config: VARConfig | LlamaGenConfig | InfinityConfig | MARConfig | PixelCNNConfig
+    config: GeneratorConfig
     train: TrainConfig
     batch_size: int = 64
     pictures: int = 4096
