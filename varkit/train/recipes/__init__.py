@@ -6,7 +6,7 @@ Sizes were chosen by measurement on two cores; `docs/log.md` tells what else was
 from varkit.data.base import Dataset
 from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
-from varkit.train.recipes.digit_scales import digit_scales
+from varkit.train.recipes.digit_scales import digit_grid, digit_scales
 from varkit.train.recipes.digits import digits, digits_raster
 from varkit.train.recipes.folder import folder_recipe
 from varkit.train.recipes.infinity_scenes import infinity_scenes
@@ -16,8 +16,8 @@ from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
 
 __all__ = [
-    "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_scales", "digits", "digits_raster", "find_recipe",
-    "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
+    "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid", "digit_scales", "digits", "digits_raster",
+    "find_recipe", "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
 ]  # fmt: skip
 
 RECIPES = {
@@ -28,6 +28,7 @@ RECIPES = {
     "digits": digits,
     "digits-raster": digits_raster,
     "digit-scales": digit_scales,
+    "digit-grid": digit_grid,
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
-from varkit.train.recipes.digits import digits
+from varkit.train.recipes.digits import digits, rastered
 from varkit.train.recipes.recipe import PYRAMID, Recipe
 
 
@@ -17,14 +17,21 @@ def digit_scales() -> Recipe:
     base = digits()
     assert base.tokenizer.train is not None
     conv = ConvConfig(
-        48, multipliers=(1, 2), res_blocks=1, latent_channels=32, attention=False, groups=8, patch=2
+        32, multipliers=(1, 2), res_blocks=1, latent_channels=32, attention=False, groups=8, patch=2
     )
     tokenizer = MultiScaleVQConfig(conv, vocab_size=256, code_channels=8, schedule=PYRAMID)
+    # so few channels are twice as fast in float32 as in bfloat16 on a CPU
+    train = replace(base.tokenizer.train, minutes=None, steps=1000, dtype="float32", channels_last=True)
     return replace(
         base,
         name="digit-scales",
-        tokenizer=replace(
-            base.tokenizer, config=tokenizer, train=replace(base.tokenizer.train, minutes=None, steps=1500)
+        tokenizer=replace(base.tokenizer, config=tokenizer, train=train),
+        generator=replace(
+            base.generator, train=replace(base.generator.train, minutes=None, steps=1200), batch_size=32
         ),
-        generator=replace(base.generator, train=replace(base.generator.train, minutes=None, steps=1500)),
     )
+
+
+def digit_grid() -> Recipe:
+    """The same digits as one grid of 8 x 8 tokens in raster order (LlamaGen), with as many parameters, within 7 %."""
+    return rastered(digit_scales(), "digit-grid")

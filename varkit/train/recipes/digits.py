@@ -51,7 +51,11 @@ def digits() -> Recipe:
 
 def digits_raster() -> Recipe:
     """The digits as one grid of tokens in raster order (LlamaGen), with the parameters of `digits`, within 7 %."""
-    base = digits()
+    return rastered(digits(), "digits-raster")
+
+
+def rastered(base: Recipe, name: str) -> Recipe:
+    """A recipe of digits by scales as one grid, that of the finest scale, in raster order."""
     pyramid, condition = base.tokenizer.config, base.generator.config.condition
     assert isinstance(pyramid, MultiScaleVQConfig) and isinstance(condition, ClassConfig)
     grid = VQConfig(
@@ -68,7 +72,7 @@ def digits_raster() -> Recipe:
     )
     return replace(
         base,
-        name="digits-raster",
+        name=name,
         tokenizer=replace(base.tokenizer, config=grid),
         generator=replace(base.generator, config=generator, settings=Settings(guidance=2.0)),
     )
