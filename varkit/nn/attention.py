@@ -31,11 +31,29 @@ class View:
     heads: slice | Tensor | None = None
 
 
+Carry = dict[str, Tensor]
+"""What a layer carries from step to step: tensors of constant size, (N, ...) each, by name. Zeros stand for nothing."""
+
+
+class Scan(Protocol):
+    """A layer that runs over slots in the order they are fed, and carries on what it has to know of them."""
+
+    def __call__(self, x: Tensor, carried: Carry | None, lengths: Tensor | None) -> tuple[Tensor, Carry]:
+        """x (N, L, C), what was carried so far (None at the beginning), and how many slots of each row count, (N,) or
+        None for all -> (N, L, C), and what is carried on.
+        """
+        ...
+
+
 class Window(Protocol):
     """What the layers may see during one step."""
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
         """Take a layer's q (N, H, L, E), k and v (N, Hkv, L, E), return what the queries attend to."""
+        ...
+
+    def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
+        """Run a layer's scan over x (N, L, C), from what it carried out of earlier steps -> (N, L, C)."""
         ...
 
     def narrow(self, hidden: Tensor, ids: Tensor) -> "Window":
@@ -47,7 +65,7 @@ class Packed:
     """Window of a packed sequence without a cache: training, and the slow twin of cached decoding.
 
     `own` is a step's visibility among its slots: None, (L, L) or (B, L, L) bool; `branches` repeats it over conditions.
-    `valid` (B, L) hides padding.
+    `valid` (B, L) hides padding; for scans, which run from the first slot with nothing carried, it must be at the end.
     """
 
     def __init__(self, own: Tensor | None, valid: Tensor | None = None, branches: int = 1) -> None:
@@ -57,15 +75,19 @@ class Packed:
         if own is not None and own.ndim == 3:
             own = own[:, None].repeat(branches, 1, 1, 1)
         self.mask = own
+        self.lengths = None if valid is None else valid.sum(1).repeat(branches)
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
         if self.mask is not None and self.mask.device != q.device:
             self.mask = self.mask.to(q.device)
         return [View(k, v, self.mask)]
 
+    def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
+        return scan(x, None, None if self.lengths is None else self.lengths.to(x.device))[0]
+
     def narrow(self, hidden: Tensor, ids: Tensor) -> "Packed":
         narrow = Packed(None)
-        narrow.mask = narrowed(self.mask, hidden, ids, ids)
+        narrow.mask, narrow.lengths = narrowed(self.mask, hidden, ids, ids), self.lengths
         return narrow
 
 

@@ -55,6 +55,7 @@ def pack(steps: Sequence[Step]) -> Step:
         route=steps[0].route,
         turn=turns(lambda s: s.target, lambda s: s.turn),
         turns=sum(s.turns for s in steps),
+        carries=all(s.writes or s.carries for s in steps),
     )
 
 

@@ -116,8 +116,9 @@ class Step:
     """One evaluation of the network and what it settles.
 
     target: canvas positions predicted. read: index into the fed slots where each is read from. reveal: bool, the
-    targets committed now (the others stay provisional). writes: whether the fed slots enter the cache. route: name
-    of the head (and of the generator's blocks) that serves this step. turn: in a pack, which of its steps a target
+    targets committed now (the others stay provisional). writes: whether the fed slots enter the cache. carries: whether
+    recurrent layers go on from them even so, as where no later step sees them (those of steps that write always do).
+    route: name of the head (and of the generator's blocks) that serves this step. turn: in a pack, which of its steps a target
     belongs to (None: the first); turns: how many steps it stands for.
     """
 
@@ -130,6 +131,7 @@ class Step:
     route: str = "main"
     turn: Tensor | None = None
     turns: int = 1
+    carries: bool = False
 
     @classmethod
     def of(cls, feed: Slots, target: Tensor, read: Tensor | None = None, **rest) -> "Step":
