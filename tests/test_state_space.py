@@ -1,6 +1,5 @@
 """Mamba-2: the chunked scan is the recurrence, and carried pieces are the whole."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +8,9 @@ from torch import Tensor
 from varkit.nn.state_space import recurrence, scan
 
 
-def inputs(n: int, length: int, heads: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(
+    n: int, length: int, heads: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """x, dt, a, b, c and a state that is not empty."""
     g = torch.Generator().manual_seed(seed)
 

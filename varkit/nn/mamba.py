@@ -40,7 +40,9 @@ class Mamba2Config:
     def __post_init__(self) -> None:
         for name, least in (("state", 1), ("head_width", 1), ("expand", 1), ("kernel", 2)):
             if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)} of the scan is too small; give at least {least}")
+                raise UserError(
+                    f"{name} {getattr(self, name)} of the scan is too small; give at least {least}"
+                )
 
     def check(self, width: int) -> None:
         """Raise `UserError` unless heads fill the inner width."""

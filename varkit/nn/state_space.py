@@ -42,7 +42,9 @@ def scan(
         return x, state
     chunk = -(-length // -(-length // chunk))  # as many chunks as that takes, of like lengths: less is padded
     x, dt, b, c = (_in_chunks(t, chunk) for t in (x, dt, b, c))
-    decay = (dt * a).cumsum(dim=2)  # (N, M, Q, H): logarithm of what is left at a slot of the state before the chunk
+    decay = (dt * a).cumsum(
+        dim=2
+    )  # (N, M, Q, H): logarithm of what is left at a slot of the state before the chunk
     write = x * dt[..., None]
     within = _within(decay, write, b, c)
     kept = (decay[:, :, -1:] - decay).exp()  # of a slot's own writing, at the chunk's end

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.carried import Carried
-from varkit.nn.attention import Scan, View, narrowed
+from varkit.nn.attention import Packed, Scan, View, narrowed
 from varkit.plans.step import Step
 
 CARRIED = "carried."
@@ -32,6 +32,7 @@ class FullCache(Cache):
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.carried = Carried(batch, branches)
         self._step: Step | None = None
+        self._alone: Packed | None = None  # the window's attention, when it sees no past and writes nothing
         self._filled: int | None = 0  # all samples hold exactly slots 0..filled-1; None when they do not
 
     @property
@@ -47,6 +48,10 @@ class FullCache(Cache):
     def open(self, step: Step, at: Tensor) -> "FullCache":
         self._step, self._at = step, at
         self.carried.open(step, at)
+        alone = step.sees.no_past and not step.writes and step.feed.valid is None
+        self._alone = Packed.of(step, self.branches) if alone else None
+        if alone:
+            return self
         span = step.feed.span
         self._prefix = step.writes and span is not None and span[0] == self._filled and step.sees.whole_past
         if step.writes:
@@ -68,6 +73,8 @@ class FullCache(Cache):
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
         assert self._step is not None, "views() outside a step"
+        if self._alone is not None:
+            return self._alone.views(layer, q, k, v)
         if self._mask is not None and self._mask.device != q.device:
             self._mask = self._mask.to(q.device)
         if not self._step.writes and self._held == 0:
@@ -85,6 +92,9 @@ class FullCache(Cache):
         return [view]
 
     def narrow(self, hidden: Tensor, ids: Tensor) -> "FullCache":
+        if self._alone is not None:
+            self._alone = self._alone.narrow(hidden, ids)
+            return self
         past = torch.arange(self._held).expand(*ids.shape[:-1], -1)
         self._mask = narrowed(self._mask, hidden, torch.cat([past, ids], dim=-1), ids)
         return self
