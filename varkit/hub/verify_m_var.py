@@ -74,7 +74,8 @@ def _compare_mixer(case: Case, generator: MVar) -> None:
 
 def _compare_training(case: Case, tokenizer: MultiScaleVQ, model: Model, schedule: Schedule) -> None:
     """Teacher forcing on the reference's tokens, and on the same with one input moved."""
-    labels, ids = case.input("labels"), case.reference("tokens")
+    labels, ids, head = case.input("labels"), case.reference("tokens"), model.heads["main"]
+    assert isinstance(head, CategoricalHead)
     canvas = tokenizer.canvas(len(labels), schedule)
     canvas.fill({"ids": ids})
     step = ScalePlan(schedule, history=0).training_step()
@@ -83,7 +84,7 @@ def _compare_training(case: Case, tokenizer: MultiScaleVQ, model: Model, schedul
 
     def logits_of(vectors: Tensor) -> Tensor:
         h = model.generator({"vectors": vectors}, step, prepared, Packed.of(step))
-        return model.heads["main"].logits(h)  # type: ignore[attr-defined]
+        return head.logits(h)
 
     case.compare("teacher_input", every(case, fed[:, step.feed.shows >= 0], (1, 5)))
     logits = logits_of(fed)
