@@ -18,6 +18,7 @@ from varkit.generators.base import Condition
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.m_var import MVarConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.pixelcnn import PixelCNNConfig
 from varkit.generators.text import TextConfig
@@ -27,6 +28,7 @@ from varkit.heads.categorical import CategoricalConfig
 from varkit.heads.diffusion import DiffusionConfig
 from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.hub.pipeline import Pipeline, Settings
+from varkit.nn.mamba import Mamba2Config
 from varkit.plans.base import StaticPlan
 from varkit.plans.masked import MaskedConfig
 from varkit.plans.raster import RasterConfig
@@ -145,8 +147,16 @@ def _var(**options) -> VARConfig:
     return VARConfig(**(base | options))
 
 
-def _scales(generator: VARConfig, conditions: Callable[[int], Condition]) -> Case:
-    return Case(_PYRAMID_TOKENIZER, generator, CategoricalConfig(24, 24), ScalesConfig(PYRAMID), conditions)
+def _scales(generator: VARConfig, conditions: Callable[[int], Condition], **plan) -> Case:
+    return Case(
+        _PYRAMID_TOKENIZER, generator, CategoricalConfig(24, 24), ScalesConfig(PYRAMID, **plan), conditions
+    )
+
+
+def _m_var(**options) -> Case:
+    scan = Mamba2Config(state=8, head_width=16)
+    generator = MVarConfig(2, 24, 2, PYRAMID, 6, ClassConfig(5), adaln_init=1.0, scan=scan, **options)
+    return _scales(generator, labels, history=0)
 
 
 _KL_TOKENIZER = KLConfig(
@@ -175,6 +185,10 @@ CASES: dict[str, Case] = {
     "var-plain-attention": _scales(_var(cosine=False), labels),
     "var-surroundings": _scales(_var(reach=1), labels),
     "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
+    "var-one-scale-of-past": _scales(_var(), labels, history=1),
+    "var-markov": _scales(_var(), labels, history=0),
+    "m-var-class": _m_var(),
+    "m-var-plain-attention": _m_var(cosine=False),
     "infinity-text": _infinity(_BITS),
     "infinity-patches": _infinity(replace(_BITS, patch=2)),
     "llamagen-class": Case(

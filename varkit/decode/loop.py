@@ -8,7 +8,7 @@ Legend: R condition branches, B samples, N = R x B, T targets, C width.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,10 +43,8 @@ def advance(model: Model, state: State) -> State:
 @torch.no_grad()
 def take(model: Model, state: State, step: Step) -> State:
     """Take a given step: the plan's next, or several packed into one (a verification window, to be rolled back)."""
-    fed = state.canvas.feed(step.feed)
-    window = state.cache.open(step, state.cursor)
-    h = model.generator(fed, step, state.prepared, window, state.options.ports)
-    state.cache.close()
+    _catch_up(model, state)
+    fed, h = _evaluate(model, state, step)
     if step.target.shape[-1]:
         values = model.heads[step.route].sample(_read(h, step, state), _ask(model, state, step, fed))
         if state.options.override is not None:
@@ -68,6 +66,25 @@ def run(model: Model, state: State) -> State:
     for _ in decode(model, state):
         pass
     return state  # `advance` works in place
+
+
+def _evaluate(model: Model, state: State, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+    """What the canvas feeds at a step, and the hidden states (N, L, C)."""
+    fed = state.canvas.feed(step.feed)
+    window = state.cache.open(step, state.cursor)
+    h = model.generator(fed, step, state.prepared, window, state.options.ports)
+    state.cache.close()
+    return fed, h
+
+
+def _catch_up(model: Model, state: State) -> None:
+    """Feed again the steps that a rollback made the cache forget though the canvas still holds what they settled."""
+    while (at := state.cache.behind(state.cursor)) is not None:
+        past = replace(state, cursor=at, finished=at >= state.cursor)
+        step = model.plan.next_step(past)
+        assert step is not None, "the plan has no steps for what was rolled back"
+        _evaluate(model, past, step)
+        state.evaluations = state.evaluations + _moved(past, step)
 
 
 def _read(h: Tensor, step: Step, state: State) -> Tensor:
@@ -97,10 +114,15 @@ def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
 
 
 def _count(state: State, step: Step) -> None:
-    moved = ~state.finished
-    if step.feed.ids.ndim == 2:
-        moved = moved & (step.feed.ids >= 0).any(dim=1)
+    moved = _moved(state, step)
     state.cursor = state.cursor + moved * step.turns
     state.evaluations = state.evaluations + moved
     committed = (step.reveal & (step.target >= 0)).expand(state.batch, -1).sum(dim=1)
     state.tokens = state.tokens + committed * moved
+
+
+def _moved(state: State, step: Step) -> Tensor:
+    """(B,) bool: samples that take the step."""
+    if step.feed.ids.ndim == 1:
+        return ~state.finished
+    return ~state.finished & (step.feed.ids >= 0).any(dim=1)

@@ -45,7 +45,7 @@ class ScaleTransformer(Generator):
         self.level = nn.Embedding(levels, width)
         self.shared_modulation = Linear(width, 6 * width) if block.shared_modulation else None
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(block, width, r) for r in rates)  # type: ignore[assignment]
+        self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(block.build(width, r) for r in rates)  # type: ignore[assignment]
         self.final_modulation = Linear(width, 2 * width)
 
     def place(self, ids: Tensor, level: Tensor) -> Tensor:

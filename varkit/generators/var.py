@@ -73,6 +73,12 @@ class VARConfig:
         head = CategoricalConfig(config.width, tokenizer.vocab_size)
         return {"generator": config, "head": head, "plan": ScalesConfig(tokenizer.schedule)}
 
+    def block(self, memory_width: int) -> BlockConfig:
+        """The kind of block, for a prompt of that width (0 without)."""
+        return BlockConfig(
+            self.width, self.heads, self.mlp_ratio, self.cosine, self.shared_modulation, memory_width, self.norm_eps
+        )  # fmt: skip
+
     def build(self) -> "VAR":
         """The network, initialised as published."""
         return VAR(self)
@@ -89,12 +95,9 @@ class VAR(ScaleTransformer):
             conditioner = ClassCondition(config.condition, width)
         else:
             conditioner = TextCondition(config.condition, width)
-        block = BlockConfig(
-            width, config.heads, config.mlp_ratio, config.cosine, config.shared_modulation,
-            conditioner.memory_width, config.norm_eps,
-        )  # fmt: skip
         starts, levels = schedule.lengths[0], len(schedule)
         around = Surroundings(schedule, config.reach) if config.reach else None
+        block = config.block(conditioner.memory_width)
         super().__init__(
             conditioner, block, config.depth, config.code_width, starts, levels, config.drop_path, around
         )

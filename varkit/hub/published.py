@@ -16,14 +16,17 @@ from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath, atomic_folder
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.m_var import MVarConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.var import VARConfig
 from varkit.hub import (
     infinity,
     llamagen,
+    m_var,
     mar,
     published_infinity,
     published_llamagen,
+    published_m_var,
     published_mar,
     published_var,
     var,
@@ -46,7 +49,10 @@ OTHERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's checkpoints are told, read and written. tokenizer, generator: files that users may look for."""
+    """How a family's checkpoints are told, read and written. tokenizer, generator: files that users may look for.
+
+    borrows: the family whose tokenizer it uses, if not its own.
+    """
 
     states: Callable[[Mapping[str, Any]], dict[str, State]]
     read: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Any]], Pipeline]
@@ -54,6 +60,7 @@ class Family:
     config: type
     tokenizer: str
     generator: str
+    borrows: str | None = None
 
 
 FAMILIES = {
@@ -68,6 +75,10 @@ FAMILIES = {
     "LlamaGen": Family(
         llamagen.checkpoint_states, published_llamagen.pipeline, published_llamagen.files, LlamaGenConfig,
         "vq_ds16_c2i.pt", "c2i_B_256.pt",
+    ),
+    "M-VAR": Family(
+        m_var.checkpoint_states, published_m_var.pipeline, published_m_var.files, MVarConfig,
+        "vae_ch160v4096z32.pth", "d16.pth", borrows="VAR",
     ),
     "VAR": Family(
         var.checkpoint_states, published_var.pipeline, published_var.files, VARConfig,
@@ -137,7 +148,7 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
             given = ", ".join(repr(str(path)) for path in paths) or "nothing"
             example = getattr(FAMILIES[next(iter(families.values()), "VAR")], what)
             raise UserError(f"no {what} is in {given}; give its file too, such as {example}")
-    if families["tokenizer"] != families["generator"]:
+    if families["tokenizer"] not in (families["generator"], FAMILIES[families["generator"]].borrows):
         raise UserError(
             f"the tokenizer is {families['tokenizer']}'s and the generator {families['generator']}'s; give the "
             "tokenizer that the generator was trained with"
@@ -160,6 +171,8 @@ def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
             raise UserError(f"{str(path)!r} is no checkpoint of {NAMES}; it looks like {family}")
     if "quantize.embedding.weight" in checkpoint and not any("quant_resi" in str(key) for key in checkpoint):
         raise UserError(f"{str(path)!r} is not VAR's tokenizer; it looks like a single-scale VQGAN")
+    if states := FAMILIES["M-VAR"].states(checkpoint):
+        return "M-VAR", _checked(states, path)
     try:
         states = FAMILIES["VAR"].states(checkpoint)
     except UserError as error:

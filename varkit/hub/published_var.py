@@ -1,7 +1,7 @@
 """Published VAR checkpoints as a whole pipeline and back; `varkit.hub.published` decides which files are these."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
+from varkit.heads.categorical import CategoricalConfig
 from varkit.hub import var
 from varkit.hub.assemble import Files, assembled, states_of
 from varkit.hub.keymap import check_told
@@ -21,20 +22,43 @@ SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
 """Published sampling; its cfg 1.5, (1 + t) c - t u with t up to 1.5, is u + s (c - u) with s up to 2.5."""
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How generators of a kind over VAR's tokenizer are published: configurations told by shapes, tensors in and out.
+
+    history: that of the plan. file: the generator's name, by depth. training: fields that only training uses, of which
+    shapes tell nothing.
+    """
+
+    configs: Callable[..., tuple[VARConfig, CategoricalConfig]] = var.generator_configs
+    read: Callable[..., tuple[State, State]] = var.generator_from_published
+    write: Callable[..., State] = var.generator_to_published
+    history: int | None = None
+    file: str = "var_d{}.pth"
+    training: tuple[str, ...] = ("drop_path", "adaln_init")
+
+
+VAR = Layout()
+
+
 def pipeline(
-    generator: Mapping[str, Tensor], tokenizer: Mapping[str, Tensor], about: dict[str, Any]
+    generator: Mapping[str, Tensor],
+    tokenizer: Mapping[str, Tensor],
+    about: dict[str, Any],
+    layout: Layout = VAR,
 ) -> Pipeline:
     """The parts of a published generator and tokenizer."""
-    config, head = var.generator_configs(generator)
+    config, head = layout.configs(generator)
     told = var.tokenizer_config(tokenizer, config.schedule)
     _check_pair(told, config, head.vocab_size)
-    configs = {"tokenizer": told, "generator": config, "head": head, "plan": ScalesConfig(config.schedule)}
-    states = dict(zip(("generator", "head"), var.generator_from_published(generator), strict=True))
+    plan = ScalesConfig(config.schedule, history=layout.history)
+    configs = {"tokenizer": told, "generator": config, "head": head, "plan": plan}
+    states = dict(zip(("generator", "head"), layout.read(generator), strict=True))
     states["tokenizer"] = var.tokenizer_from_published(tokenizer, told)
     return assembled(configs, states, SETTINGS, about)
 
 
-def files(pipeline: Pipeline) -> Files:
+def files(pipeline: Pipeline, layout: Layout = VAR) -> Files:
     """What is published of a pipeline. Raises `UserError` for a model that the published layout cannot express."""
     tokenizer, generator = pipeline.configs["tokenizer"], pipeline.configs["generator"]
     if not isinstance(tokenizer, MultiScaleVQConfig) or not isinstance(generator.condition, ClassConfig):
@@ -45,11 +69,11 @@ def files(pipeline: Pipeline) -> Files:
         )
     state, conv = states_of(pipeline), tokenizer.conv
     autoencoder = var.tokenizer_to_published(state["tokenizer"], tokenizer)
-    transformer = var.generator_to_published(state["generator"], state["head"], generator)
-    _check_expressible(pipeline.configs, autoencoder, transformer)
+    transformer = layout.write(state["generator"], state["head"], generator)
+    _check_expressible(pipeline.configs, autoencoder, transformer, layout)
     return {
         f"vae_ch{conv.channels}v{tokenizer.vocab_size}z{tokenizer.code_channels}.pth": (autoencoder, ()),
-        f"var_d{generator.depth}.pth": (transformer, ()),
+        layout.file.format(generator.depth): (transformer, ()),
     }
 
 
@@ -65,12 +89,15 @@ def _check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size:
             )
 
 
-def _check_expressible(configs: Mapping[str, Any], tokenizer: State, generator: State) -> None:
+def _check_expressible(
+    configs: Mapping[str, Any], tokenizer: State, generator: State, layout: Layout
+) -> None:
     """Compare what the published shapes tell with the configurations; what only training uses may differ."""
-    told, told_head = var.generator_configs(generator)
+    told, told_head = layout.configs(generator)
     own = configs["generator"]
-    told = replace(told, drop_path=own.drop_path, adaln_init=own.adaln_init, condition=own.condition)
+    told = replace(told, condition=own.condition, **{name: getattr(own, name) for name in layout.training})
     check_told("generator", own, told)
+    check_told("plan", configs["plan"], ScalesConfig(told.schedule, history=layout.history))
     check_told("head", configs["head"], replace(told_head, init_scale=configs["head"].init_scale))
     own = configs["tokenizer"]
     told_tokenizer = replace(var.tokenizer_config(tokenizer, told.schedule), beta=own.beta)

@@ -15,6 +15,7 @@ PARTS: dict[str, str] = {
     "Pixels": "varkit.tokenizers.pixels:PixelsConfig",
     "KL": "varkit.tokenizers.kl:KLConfig",
     "VAR": "varkit.generators.var:VARConfig",
+    "M-VAR": "varkit.generators.m_var:MVarConfig",
     "Infinity": "varkit.generators.infinity:InfinityConfig",
     "LlamaGen": "varkit.generators.llamagen:LlamaGenConfig",
     "MAR": "varkit.generators.mar:MARConfig",

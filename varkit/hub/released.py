@@ -57,6 +57,12 @@ RELEASED = {
             "8b_512x512": ("infinity_vae_d56_f8_14_patchify.pth", "infinity_8b_512x512_weights/"),
         }
     ),
+    "OliverRen/M-VAR": Repository(
+        {f"m_var_d{depth}": ("vae_ch160v4096z32.pth", f"d{depth}.pth") for depth in (16, 20, 24, 32)},
+        {
+            "vae_ch160v4096z32.pth": "https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth"
+        },
+    ),
     "LTH14/mar": Repository(
         {
             f"mar_{size}": ("kl16.ckpt", f"mar_{size}/checkpoint-last.pth")
@@ -154,7 +160,7 @@ def _from_repository(name: str, variant: str | None, revision: str | None, dtype
     files = repository.variants[variant]
     try:
         if repository.addresses:
-            raise _NotFetched("it is not on the Hugging Face hub")
+            raise _NotFetched("its files are not together in one repository of the Hugging Face hub")
         patterns = [file + "*" if file.endswith("/") else file for file in files]
         folder = Path(_fetched(name, revision, patterns))
         if missing := _missing(folder, files):

@@ -5,7 +5,7 @@ attention mask, zero key bias, codebook usage) are dropped on the way in and mad
 Legend: C width, L positions, K levels, V codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -155,7 +155,7 @@ def generator_configs(
         depth,
         schedule or generator_schedule(state),
         width=width,
-        heads=width // HEAD_WIDTH if scale is None else scale.shape[1],
+        heads=max(1, width // HEAD_WIDTH) if scale is None else scale.shape[1],
         code_width=entry(state, "word_embed.weight", "VAR generator").shape[1],
         condition=ClassConfig(classes - 1),
         mlp_ratio=entry(state, "blocks.0.ffn.fc1.weight", "VAR generator").shape[0] / width,
@@ -182,16 +182,27 @@ def generator_from_published(
     state: Mapping[str, Tensor], schedule: tuple[Side, ...] | None = None
 ) -> tuple[State, State]:
     """A published generator's tensors as the states of `VAR` and `CategoricalHead`."""
+    return read_generator(state, generator_configs(state, schedule), GENERATOR_RULES, "VAR")
+
+
+def read_generator(
+    state: Mapping[str, Tensor],
+    configs: tuple[VARConfig, CategoricalConfig],
+    rules: Sequence[Rule],
+    whose: str,
+) -> tuple[State, State]:
+    """The states of a generator and its head, for a layout like VAR's: without its buffers, by its rules."""
     for name, tensor in state.items():
         if name.endswith(KEY_BIAS) and bool(tensor.any()):
             raise UserError(
-                f"{name} of the VAR checkpoint is not zero; VAR's keys have no bias, so it is another model"
+                f"{name} of the {whose} checkpoint is not zero; {whose}'s keys have no bias, so it is another model"
             )
     buffers = (LEVELS, MASK)
     weights = {n: t for n, t in state.items() if n not in buffers and not n.endswith(KEY_BIAS)}
-    config, head = generator_configs(state, schedule)
-    ours = joined(generator=build_empty(config.build).state_dict(), head=build_empty(head.build).state_dict())
-    found = from_published(weights, ours, GENERATOR_RULES, "the VAR generator checkpoint")
+    generator, head = (build_empty(config.build).state_dict() for config in configs)
+    found = from_published(
+        weights, joined(generator=generator, head=head), rules, f"the {whose} generator checkpoint"
+    )
     return part(found, "generator."), part(found, "head.")
 
 
@@ -199,9 +210,14 @@ def generator_to_published(
     state: Mapping[str, Tensor], head: Mapping[str, Tensor], config: VARConfig
 ) -> State:
     """The inverse, with the buffers that the published code expects."""
-    schedule = Schedule.parse(config.schedule)
-    level = schedule.level_of
-    hidden = torch.zeros(schedule.total, schedule.total).masked_fill(level[:, None] < level, -torch.inf)
-    buffers = {LEVELS: level[None], MASK: hidden[None, None]}
-    buffers |= {f"blocks.{i}.attn{KEY_BIAS}": torch.zeros(config.width) for i in range(config.depth)}
+    level = Schedule.parse(config.schedule).level_of
+    buffers = generator_buffers(config, hidden=level[:, None] < level)
     return to_published(joined(generator=state, head=head), GENERATOR_RULES) | buffers
+
+
+def generator_buffers(config: VARConfig, hidden: Tensor) -> State:
+    """What the published code keeps beside weights; hidden (L, L) bool: which slots (rows) do not see which."""
+    levels = Schedule.parse(config.schedule).level_of[None]
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    biases = {f"blocks.{i}.attn{KEY_BIAS}": torch.zeros(config.width) for i in range(config.depth)}
+    return {LEVELS: levels, MASK: mask[None, None], **biases}

@@ -24,6 +24,7 @@ from varkit.hub.states import State
 FAMILIES: dict[str, str] = {
     "infinity": "varkit.hub.verify_infinity:verify",
     "llamagen": "varkit.hub.verify_llamagen:verify",
+    "m_var": "varkit.hub.verify_m_var:verify",
     "mar": "varkit.hub.verify_mar:verify",
     "var": "varkit.hub.verify_var:verify",
 }

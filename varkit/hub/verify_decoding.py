@@ -22,17 +22,21 @@ from varkit.hub.verify import Case
 
 
 class Forced:
-    """A picker that returns the reference's choices (B, L, ...), and keeps its own and how much theirs fall short."""
+    """A picker that returns the reference's choices (B, L, ...), and keeps its own, how much theirs fall short, and the
+    logits of each step.
+    """
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
         self.chosen = torch.full_like(tokens, -1)
         self.gap = torch.full(tokens.shape, torch.inf)
+        self.logits: list[Tensor] = []
 
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
         """Guided logits (B, T, ..., V) -> {"ids": (B, T, ...)}."""
         target = ask.step.target
         given = self.tokens[:, target]
+        self.logits.append(logits)
         best, self.chosen[:, target] = logits.max(dim=-1)
         self.gap[:, target] = best - logits.gather(-1, given[..., None]).squeeze(-1)
         return {"ids": given}
@@ -45,14 +49,18 @@ def compare_greedy(
     condition: Condition,
     options: Options,
     array: str = "greedy_tokens",
-) -> None:
-    """Decode a condition (R, B, ...) and compare an array of choices; the canvas ends up holding the reference's."""
+) -> Tensor:
+    """Decode a condition (R, B, ...) and compare an array of choices; the canvas ends up holding the reference's.
+
+    Returns the guided logits, targets (dimension 1) in the order of decoding.
+    """
     forced = Forced(case.reference(array))
     cache = FullCache(canvas.batch, branches=2, slots=model.plan.slots)
     draws = Draws.start(0, canvas.batch)  # arg-max draws nothing
     prepared = model.generator.prepare(condition)
     run(model, State.start(canvas, cache, prepared, draws, replace(options, pick=forced)))
     case.compare_tokens(array, forced.chosen, forced.gap)
+    return torch.cat(forced.logits, dim=1)
 
 
 def labels_and_null(labels: Tensor, null: int) -> Condition:

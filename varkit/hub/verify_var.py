@@ -30,7 +30,7 @@ from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 def verify(case: Case) -> None:
     """Compare all arrays of a `var` case."""
     schedule = Schedule.parse(case.entry("tokenizer", "v_patch_nums"))
-    tokenizer = _tokenizer(case, schedule)
+    tokenizer = tokenizer_of(case, schedule)
     generator, head = _generator(case, schedule)
     _compare_tokenizer(case, tokenizer, schedule)
     labels = case.input("labels")
@@ -41,10 +41,11 @@ def verify(case: Case) -> None:
     canvas = tokenizer.canvas(len(labels), schedule)
     condition = labels_and_null(labels, case.entry("generator", "num_classes"))
     compare_greedy(case, model, canvas, condition, Options(guidance))
-    case.compare("greedy_image", _every(case, (canvas.preview() + 1) / 2, (2, 4), (3, 4)))
+    case.compare("greedy_image", every(case, (canvas.preview() + 1) / 2, (2, 4), (3, 4)))
 
 
-def _tokenizer(case: Case, schedule: Schedule) -> MultiScaleVQ:
+def tokenizer_of(case: Case, schedule: Schedule) -> MultiScaleVQ:
+    """The case's tokenizer, from its published state."""
     published = case.state("tokenizer_state")
     config = tokenizer_config(published, schedule.sides)
     tokenizer = build_empty(config.build)
@@ -65,13 +66,13 @@ def _generator(case: Case, schedule: Schedule) -> tuple[VAR, CategoricalHead]:
 def _compare_tokenizer(case: Case, tokenizer: MultiScaleVQ, schedule: Schedule) -> None:
     images = torch.from_numpy(image_array(tuple(case.entry("image_shape")), case.entry("seed")))
     f = tokenizer.encode_features(images, schedule)
-    case.compare("latent", _every(case, f, (2, 2), (3, 2)))
+    case.compare("latent", every(case, f, (2, 2), (3, 2)))
     theirs = case.reference("tokens")
-    case.compare_tokens("tokens", *_forced_encoding(tokenizer, f, theirs, schedule))
-    case.compare("reconstruction", _every(case, tokenizer.decode({"ids": theirs}, schedule), (2, 4), (3, 4)))
+    case.compare_tokens("tokens", *forced_encoding(tokenizer, f, theirs, schedule))
+    case.compare("reconstruction", every(case, tokenizer.decode({"ids": theirs}, schedule), (2, 4), (3, 4)))
 
 
-def _forced_encoding(
+def forced_encoding(
     tokenizer: MultiScaleVQ, f: Tensor, theirs: Tensor, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
     """Encode f (B, D, h, w), each level going on from the reference's ids (B, L) of the levels before it.
@@ -104,14 +105,14 @@ def _compare_training(
     step = ScalePlan(schedule).training_step()
     fed = canvas.feed(step.feed)
     shown = fed["vectors"][:, step.feed.shows >= 0]
-    case.compare("teacher_input", _every(case, shown, (1, 5)))
+    case.compare("teacher_input", every(case, shown, (1, 5)))
     prepared = generator.prepare({"label": labels[None]})
     window = Packed(step.sees.own_mask(len(step.feed)))
     logits = head.logits(generator(fed, step, prepared, window))
-    case.compare("logits", _every(case, logits, (1, 7), (2, 5)))
+    case.compare("logits", every(case, logits, (1, 7), (2, 5)))
 
 
-def _every(case: Case, x: Tensor, *strides: tuple[int, int]) -> Tensor:
+def every(case: Case, x: Tensor, *strides: tuple[int, int]) -> Tensor:
     """What a case with strides "big" stores of x: every n-th entry along each (dimension, n)."""
     if case.entry("strides") == "full":
         return x

@@ -58,15 +58,20 @@ class BlockConfig:
     memory_width: int = 0
     norm_eps: float = 1e-6
 
+    def build(self, condition_width: int, drop_path_rate: float = 0.0) -> "AdaLNBlock":
+        """Make the block."""
+        return AdaLNBlock(self, condition_width, drop_path_rate)
+
 
 class AdaLNBlock(nn.Module):
     """x += g1 * Attn(LN(x) (1 + s1) + b1); [x += Cross(LN(x))]; x += g2 * FFN(LN(x) (1 + s2) + b2).
 
     The six vectors (g1, g2, s1, s2, b1, b2) come from a linear of the condition in each block, or from one shared by
-    all blocks plus a learned offset of the block's own.
+    all blocks plus a learned offset of the block's own. Blocks of more branches have three vectors for each.
     """
 
     compilable = ("forward",)
+    branches = 2
 
     def __init__(self, config: BlockConfig, condition_width: int, drop_path_rate: float = 0.0) -> None:
         super().__init__()
@@ -76,20 +81,20 @@ class AdaLNBlock(nn.Module):
         self.attention = SelfAttention(width, config.heads, norm)
         self.ffn = FeedForward(width, round(width * config.mlp_ratio))
         if config.shared_modulation:
-            self.modulation_offset = nn.Parameter(torch.randn(6, width) / width**0.5)
+            self.modulation_offset = nn.Parameter(torch.randn(3 * self.branches, width) / width**0.5)
         else:
-            self.modulation = Linear(condition_width, 6 * width)
+            self.modulation = Linear(condition_width, 3 * self.branches * width)
         self.shared = config.shared_modulation
         if config.memory_width:
             self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
             self.cross = CrossAttention(width, config.heads, config.memory_width)
 
     def vectors(self, condition: Tensor, shared: Tensor | None) -> Tensor:
-        """The block's six vectors, (N, 6, C), from the condition (N, D) or the shared six (N, 6, C)."""
+        """The block's vectors, (N, 6, C), from the condition (N, D) or the shared ones (N, 6, C)."""
         if self.shared:
             assert shared is not None
             return shared + self.modulation_offset
-        return self.modulation(F.silu(condition)).unflatten(-1, (6, -1))
+        return self.modulation(F.silu(condition)).unflatten(-1, (3 * self.branches, -1))
 
     def forward(
         self,
@@ -104,12 +109,26 @@ class AdaLNBlock(nn.Module):
         """x (N, L, C), vectors (N, 6, C), memory = keys, values, mask of the prompt; `port` sees the attention's
         output.
         """
-        g1, g2, s1, s2, b1, b2 = (vectors[:, i : i + 1] for i in range(6))
-        mixed = self.attention(modulate(x, s1, b1, self.eps), window, layer, rotate)
+        mixed = self.attention(self._modulated(x, vectors, 0), window, layer, rotate)
         if port is not None:
             mixed = port(mixed)
-        x = torch.addcmul(x, drop_path(g1, self.drop_path_rate, self.training), mixed)
+        x = self._added(x, vectors, 0, mixed)
         if memory is not None:
             x = x + drop_path(self.cross(self.cross_norm(x), *memory), self.drop_path_rate, self.training)
-        gate = drop_path(g2, self.drop_path_rate, self.training)
-        return torch.addcmul(x, gate, self.ffn(modulate(x, s2, b2, self.eps)))
+        x = self._between(x, vectors, window, layer)
+        last = self.branches - 1
+        return self._added(x, vectors, last, self.ffn(self._modulated(x, vectors, last)))
+
+    def _between(self, x: Tensor, vectors: Tensor, window: Window, layer: int) -> Tensor:
+        """Branches that a kind of block has between attention and feed-forward."""
+        return x
+
+    def _modulated(self, x: Tensor, vectors: Tensor, branch: int) -> Tensor:
+        """What goes into a branch."""
+        scale, shift = self.branches + branch, 2 * self.branches + branch
+        return modulate(x, vectors[:, scale : scale + 1], vectors[:, shift : shift + 1], self.eps)
+
+    def _added(self, x: Tensor, vectors: Tensor, branch: int, y: Tensor) -> Tensor:
+        """x and, gated, what comes out of a branch."""
+        gate = drop_path(vectors[:, branch : branch + 1], self.drop_path_rate, self.training)
+        return torch.addcmul(x, gate, y)

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from varkit.plans.visibility import Own, own_mask
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -75,13 +77,14 @@ class Slots:
 class Sees:
     """What the slots of a step may attend to.
 
-    own: the step's own slots: "all" of them, "causal" (itself and those before), "self", or a mask (L, L) / (B, L, L).
+    own: the step's own slots: "all" of them, "causal" (itself and those before), "self", a mask (L, L) / (B, L, L), or
+    a form of `varkit.plans.visibility`.
     past: which slots written earlier: None all of them, else their ids (P,); an empty tensor means none.
     mask: (L, S) or (B, L, S) bool over slot ids, narrowing `past` for each query (neighbourhoods, reference segments).
     beyond: whether slots from S on, which the mask does not name, are seen; a bool, or one a query, (L,) or (B, L).
     """
 
-    own: str | Tensor = "all"
+    own: Own = "all"
     past: Tensor | None = None
     mask: Tensor | None = None
     beyond: bool | Tensor = False
@@ -91,14 +94,14 @@ class Sees:
         """True when every slot written earlier is visible."""
         return self.past is None and self.mask is None
 
+    @property
+    def no_past(self) -> bool:
+        """True when no slot written earlier is visible, whatever they are."""
+        return self.past is not None and len(self.past) == 0
+
     def own_mask(self, length: int) -> Tensor | None:
         """(L, L) or (B, L, L) bool, or None when all see all."""
-        if isinstance(self.own, Tensor):
-            return self.own
-        if self.own == "all":
-            return None
-        eye = torch.ones(length, length, dtype=torch.bool)
-        return eye.tril() if self.own == "causal" else torch.eye(length, dtype=torch.bool)
+        return own_mask(self.own, length)
 
     def past_mask(self, ids: Tensor) -> Tensor | None:
         """Visibility of past slots `ids` (N,): (1 or L, N) or (B, L, N) bool, or None when all are visible."""
@@ -116,9 +119,10 @@ class Step:
     """One evaluation of the network and what it settles.
 
     target: canvas positions predicted. read: index into the fed slots where each is read from. reveal: bool, the
-    targets committed now (the others stay provisional). writes: whether the fed slots enter the cache. route: name
-    of the head (and of the generator's blocks) that serves this step. turn: in a pack, which of its steps a target
-    belongs to (None: the first); turns: how many steps it stands for.
+    targets committed now (the others stay provisional). writes: whether the fed slots enter the cache. carries: whether
+    recurrent layers go on from them even so, as where no later step sees them (those of steps that write always do).
+    route: name of the head (and of the generator's blocks) that serves this step. turn: in a pack, which of its steps a
+    target belongs to (None: the first); turns: how many steps it stands for.
     """
 
     feed: Slots
@@ -130,6 +134,7 @@ class Step:
     route: str = "main"
     turn: Tensor | None = None
     turns: int = 1
+    carries: bool = False
 
     @classmethod
     def of(cls, feed: Slots, target: Tensor, read: Tensor | None = None, **rest) -> "Step":

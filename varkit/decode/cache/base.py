@@ -1,4 +1,5 @@
-"""What a cache policy promises: keys and values of earlier steps, addressed by (sample, layer, head, slot).
+"""What a cache policy promises: keys and values of earlier steps, addressed by (sample, layer, head, slot), and what
+recurrent layers carry (`varkit.decode.cache.carried`).
 
 A policy opens a window for a step, hands its views to the layers, and closes it, which commits what the step wrote. It
 never knows an order: slots, visibility and writing come with the step.
@@ -26,7 +27,12 @@ class Cache(ABC):
 
     @abstractmethod
     def rollback(self, lengths: Tensor) -> None:
-        """Forget slots written at step `lengths[b]` of sample b or later."""
+        """Forget slots written at step `lengths[b]` of sample b or later. It may forget more, and says so: `behind`."""
+
+    def behind(self, cursor: Tensor) -> Tensor | None:
+        """Steps of each sample that the cache has not forgotten, (B,), when some have to be fed again before the
+        step at `cursor` (B,); None otherwise."""
+        return None
 
     @abstractmethod
     def select(self, ids: Sequence[int]) -> "Cache":
@@ -39,7 +45,7 @@ class Cache(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes held by keys and values."""
+        """Bytes held by keys and values, and by what layers carry."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

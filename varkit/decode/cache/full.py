@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from varkit.decode.cache.base import Cache
-from varkit.nn.attention import View, narrowed
+from varkit.decode.cache.carried import Carried
+from varkit.nn.attention import Packed, Scan, View, narrowed
 from varkit.plans.step import Step
+
+CARRIED = "carried."
+"""Beginning of the names of what layers carry, among the saved tensors."""
 
 
 class FullCache(Cache):
@@ -26,7 +30,9 @@ class FullCache(Cache):
             (batch, slots or 64), -1
         )  # the step (cursor) that wrote each slot, or -1
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.carried = Carried(batch, branches)
         self._step: Step | None = None
+        self._alone: Packed | None = None  # the window's attention, when it sees no past and writes nothing
         self._filled: int | None = 0  # all samples hold exactly slots 0..filled-1; None when they do not
 
     @property
@@ -36,10 +42,16 @@ class FullCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)
+        held = (t for pair in self.layers.values() for t in pair)
+        return sum(t.numel() * t.element_size() for t in held) + self.carried.nbytes
 
     def open(self, step: Step, at: Tensor) -> "FullCache":
         self._step, self._at = step, at
+        self.carried.open(step, at)
+        alone = step.sees.no_past and not step.writes and step.feed.valid is None
+        self._alone = Packed.of(step, self.branches) if alone else None
+        if alone:
+            return self
         span = step.feed.span
         self._prefix = step.writes and span is not None and span[0] == self._filled and step.sees.whole_past
         if step.writes:
@@ -52,10 +64,17 @@ class FullCache(Cache):
         assert self._step is not None, "close() without open()"
         if self._step.writes:
             self._stamp(self._step.feed.ids)
+        self.carried.close(self._step)
         self._step = None
+
+    def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
+        assert self._step is not None, "carry() outside a step"
+        return self.carried.run(layer, x, scan)
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
         assert self._step is not None, "views() outside a step"
+        if self._alone is not None:
+            return self._alone.views(layer, q, k, v)
         if self._mask is not None and self._mask.device != q.device:
             self._mask = self._mask.to(q.device)
         if not self._step.writes and self._held == 0:
@@ -73,11 +92,19 @@ class FullCache(Cache):
         return [view]
 
     def narrow(self, hidden: Tensor, ids: Tensor) -> "FullCache":
+        if self._alone is not None:
+            self._alone = self._alone.narrow(hidden, ids)
+            return self
         past = torch.arange(self._held).expand(*ids.shape[:-1], -1)
         self._mask = narrowed(self._mask, hidden, torch.cat([past, ids], dim=-1), ids)
         return self
 
+    def behind(self, cursor: Tensor) -> Tensor | None:
+        return self.carried.behind(cursor)
+
     def rollback(self, lengths: Tensor) -> None:
+        if self.carried.now.layers:  # who goes back further for a layer's sake writes its slots again too
+            lengths = torch.minimum(lengths, self.carried.rollback(lengths))
         self.written_at[self.written_at >= lengths[:, None]] = -1
         self._recount()
 
@@ -89,6 +116,7 @@ class FullCache(Cache):
             split = [t.unflatten(0, (self.branches, self.batch)) for t in pair]
             k, v = (t[:, index.to(t.device)].flatten(0, 1) for t in split)
             out.layers[layer] = (k, v)
+        out.carried = self.carried.select(index)
         out._recount()
         return out
 
@@ -105,11 +133,13 @@ class FullCache(Cache):
                 for i in (0, 1)
             )
             out.layers[layer] = (k, v)
+        out.carried = Carried.joined([p.carried for p in full])
         out._recount()
         return out
 
     def tensors(self) -> dict[str, Tensor]:
         named = {"written_at": self.written_at}
+        named |= {f"{CARRIED}{name}": tensor for name, tensor in self.carried.tensors().items()}
         for layer, (k, v) in self.layers.items():
             named[f"{layer}.k"], named[f"{layer}.v"] = k, v
         return named
@@ -117,7 +147,9 @@ class FullCache(Cache):
     def with_tensors(self, tensors: dict[str, Tensor]) -> "FullCache":
         out = FullCache(len(tensors["written_at"]), self.branches, self.slots)
         out.written_at = tensors["written_at"]
-        numbers = {int(name.split(".")[0]) for name in tensors if name != "written_at"}
+        carried = {n.removeprefix(CARRIED): t for n, t in tensors.items() if n.startswith(CARRIED)}
+        out.carried = self.carried.with_tensors(carried, out.batch)
+        numbers = {int(n.split(".")[0]) for n in tensors if n[0].isdigit()}
         out.layers = {n: (tensors[f"{n}.k"], tensors[f"{n}.v"]) for n in sorted(numbers)}
         out._recount()
         return out
