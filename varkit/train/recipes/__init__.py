@@ -17,10 +17,9 @@ from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
 
 __all__ = [
-    "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid", "digit_scales", "digits", "digits_raster",
-    "find_recipe", "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
-    "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_scales", "digits", "digits_raster", "find_recipe",
-    "folder_recipe", "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "scenes",
+    "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid", "digit_scales", "digits",
+    "digits_raster", "find_recipe", "folder_recipe", "infinity_scenes", "llamagen_scenes", "m_var_digits",
+    "mar_scenes", "scenes",
 ]  # fmt: skip
 
 RECIPES = {
