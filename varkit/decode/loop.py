@@ -16,8 +16,8 @@ from torch import Tensor
 from varkit.canvases.base import gather_positions, steps_of
 from varkit.decode.guidance import by_step
 from varkit.decode.state import State
-from varkit.generators.base import Generator, branches_and_batch, rows
-from varkit.heads.base import Ask, Head
+from varkit.generators.base import Generator, Prepared, branches_and_batch, rows
+from varkit.heads.base import CONFIDENCE, Ask, Head
 from varkit.plans.base import Plan
 from varkit.plans.step import Step
 
@@ -45,12 +45,15 @@ def take(model: Model, state: State, step: Step) -> State:
     """Take a given step: the plan's next, or several packed into one (a verification window, to be rolled back)."""
     fed = state.canvas.feed(step.feed)
     window = state.cache.open(step, state.cursor)
-    h = model.generator(fed, step, state.prepared, window, state.options.ports)
+    prepared = state.prepared if step.guided else {k: v[:1] for k, v in state.prepared.items()}
+    h = model.generator(fed, step, prepared, window, state.options.ports)
     state.cache.close()
     if step.target.shape[-1]:
-        values = model.heads[step.route].sample(_read(h, step, state), _ask(model, state, step, fed))
+        values = model.heads[step.route].sample(_read(h, step, prepared), _ask(model, state, step, fed))
         if state.options.override is not None:
             values = state.options.override(step, values, state)
+        step = model.plan.settle(step, values, state)
+        values = {name: value for name, value in values.items() if name != CONFIDENCE}
         state.canvas.reveal(step, values, state.cursor)
     _count(state, step)
     state.finished = state.finished | model.plan.finished(state)
@@ -70,9 +73,9 @@ def run(model: Model, state: State) -> State:
     return state  # `advance` works in place
 
 
-def _read(h: Tensor, step: Step, state: State) -> Tensor:
+def _read(h: Tensor, step: Step, prepared: Prepared) -> Tensor:
     """Hidden states (N, L, C) at the slots the step reads -> (R, B, T, C)."""
-    branches, batch = branches_and_batch(state.prepared)
+    branches, batch = branches_and_batch(prepared)
     if not step.reads_all:
         read = step.read if step.read.ndim == 1 else rows(step.read, branches)
         h = gather_positions(h, read)
@@ -93,6 +96,7 @@ def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
         temperature=by_step(temperature, progress)[..., None]
         if isinstance(temperature, tuple)
         else temperature,
+        confidence=model.plan.by_confidence,
     )
 
 

@@ -118,7 +118,8 @@ class Step:
     target: canvas positions predicted. read: index into the fed slots where each is read from. reveal: bool, the
     targets committed now (the others stay provisional). writes: whether the fed slots enter the cache. route: name
     of the head (and of the generator's blocks) that serves this step. turn: in a pack, which of its steps a target
-    belongs to (None: the first); turns: how many steps it stands for.
+    belongs to (None: the first); turns: how many steps it stands for. guided: whether guidance applies; a step without
+    it is evaluated for the first condition branch alone, and so must not write.
     """
 
     feed: Slots
@@ -130,6 +131,7 @@ class Step:
     route: str = "main"
     turn: Tensor | None = None
     turns: int = 1
+    guided: bool = True
 
     @classmethod
     def of(cls, feed: Slots, target: Tensor, read: Tensor | None = None, **rest) -> "Step":
@@ -137,6 +139,11 @@ class Step:
         read = torch.arange(target.shape[-1]).expand(target.shape) if read is None else read
         rest.setdefault("reveal", torch.ones_like(target, dtype=torch.bool))
         return cls(feed, target, read, **rest)
+
+    @property
+    def kind(self) -> tuple[str, bool, bool]:
+        """What samples must agree on to take their steps together."""
+        return self.route, self.writes, self.guided
 
     @cached_property
     def reads_all(self) -> bool:
