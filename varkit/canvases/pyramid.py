@@ -92,7 +92,9 @@ class PyramidCanvas(Canvas):
 
     def _complete(self) -> Tensor:
         """(B, K) bool: levels that are committed to their last position."""
-        return torch.stack([part.all(dim=1) for part in self.known.split(self.schedule.lengths, dim=1)], dim=1)
+        return torch.stack(
+            [part.all(dim=1) for part in self.known.split(self.schedule.lengths, dim=1)], dim=1
+        )
 
     def _add(self, level: int, codes: Tensor, rows: Tensor | None) -> None:
         """Add one level's codes to f_hat of `rows` (None: all), and fill in the next level's input."""

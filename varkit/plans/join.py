@@ -68,9 +68,7 @@ def collate(steps: Sequence[Step | None]) -> Step:
     if all(s is first for s in steps):
         return first
     rows = [_idle(first) if s is None else s for s in steps]
-    assert len({(s.kind, s.turns) for s in rows}) == 1, (
-        "steps of different kinds cannot be collated"
-    )
+    assert len({(s.kind, s.turns) for s in rows}) == 1, "steps of different kinds cannot be collated"
     feeds = [s.feed for s in rows]
     timed, turned = any(f.time is not None for f in feeds), any(f.turn is not None for f in feeds)
     feed = Slots(
