@@ -145,8 +145,10 @@ def _var(**options) -> VARConfig:
     return VARConfig(**(base | options))
 
 
-def _scales(generator: VARConfig, conditions: Callable[[int], Condition]) -> Case:
-    return Case(_PYRAMID_TOKENIZER, generator, CategoricalConfig(24, 24), ScalesConfig(PYRAMID), conditions)
+def _scales(generator: VARConfig, conditions: Callable[[int], Condition], **plan) -> Case:
+    return Case(
+        _PYRAMID_TOKENIZER, generator, CategoricalConfig(24, 24), ScalesConfig(PYRAMID, **plan), conditions
+    )
 
 
 _KL_TOKENIZER = KLConfig(
@@ -175,6 +177,8 @@ CASES: dict[str, Case] = {
     "var-plain-attention": _scales(_var(cosine=False), labels),
     "var-surroundings": _scales(_var(reach=1), labels),
     "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
+    "var-one-scale-of-past": _scales(_var(), labels, history=1),
+    "var-markov": _scales(_var(), labels, history=0),
     "infinity-text": _infinity(_BITS),
     "infinity-patches": _infinity(replace(_BITS, patch=2)),
     "llamagen-class": Case(

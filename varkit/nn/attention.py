@@ -15,20 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.nn.linear import Linear
+from varkit.plans.step import Step
+from varkit.plans.visibility import Apart, own_mask
 
 
 @dataclass(frozen=True)
 class View:
-    """Keys and values that a group of heads attends to.
+    """Keys and values that a group of heads, or a run of queries, attends to.
 
     k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible; None sees all. heads: the query
-    heads it serves, as a slice or their numbers; None = all.
+    heads it serves, as a slice or their numbers; None = all. queries: how many it serves, behind those of the views
+    before it, with all heads; None = all.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
     heads: slice | Tensor | None = None
+    queries: int | None = None
 
 
 class Window(Protocol):
@@ -46,27 +50,47 @@ class Window(Protocol):
 class Packed:
     """Window of a packed sequence without a cache: training, and the slow twin of cached decoding.
 
-    `own` is a step's visibility among its slots: None, (L, L) or (B, L, L) bool; `branches` repeats it over conditions.
-    `valid` (B, L) hides padding.
+    `own` is a step's visibility among its slots: None, (L, L) or (B, L, L) bool, or runs of slots that are `Apart`,
+    which get a view each, so that nothing is computed between them. `branches` repeats it over conditions. `valid`
+    (B, L) hides padding.
     """
 
-    def __init__(self, own: Tensor | None, valid: Tensor | None = None, branches: int = 1) -> None:
+    def __init__(self, own: Tensor | Apart | None, valid: Tensor | None = None, branches: int = 1) -> None:
+        self.own, self.branches = own, branches
+        self.lengths: tuple[int, ...] | None = None
+        if isinstance(own, Apart) and valid is None:
+            self.lengths = own.lengths
+            self.masks = [own_mask(within, n) for n, within in own.runs]
+            return
+        mask = own.mask() if isinstance(own, Apart) else own
         if valid is not None:
-            mask = valid[:, None, :]
-            own = mask if own is None else own & mask
-        if own is not None and own.ndim == 3:
-            own = own[:, None].repeat(branches, 1, 1, 1)
-        self.mask = own
+            seen = valid[:, None, :]
+            mask = seen if mask is None else mask & seen
+        self.masks = [self._per_branch(mask)]
+
+    @classmethod
+    def of(cls, step: Step, branches: int = 1) -> "Packed":
+        """The window of a step by itself."""
+        own = step.sees.own
+        mask = own if isinstance(own, Apart) else own_mask(own, len(step.feed))
+        return cls(mask, step.feed.valid, branches)
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
-        if self.mask is not None and self.mask.device != q.device:
-            self.mask = self.mask.to(q.device)
-        return [View(k, v, self.mask)]
+        self.masks = [m if m is None or m.device == q.device else m.to(q.device) for m in self.masks]
+        if self.lengths is None:
+            return [View(k, v, self.masks[0])]
+        runs = zip(k.split(self.lengths, dim=2), v.split(self.lengths, dim=2), self.masks, strict=True)
+        return [View(*run, queries=run[0].shape[2]) for run in runs]
 
     def narrow(self, hidden: Tensor, ids: Tensor) -> "Packed":
+        mask = self.own.mask() if self.lengths is not None and isinstance(self.own, Apart) else self.masks[0]
         narrow = Packed(None)
-        narrow.mask = narrowed(self.mask, hidden, ids, ids)
+        narrow.masks = [narrowed(mask, hidden, ids, ids)]
         return narrow
+
+    def _per_branch(self, mask: Tensor | None) -> Tensor | None:
+        """(L, L) as it is, (B, L, L) repeated for each branch as (N, 1, L, L)."""
+        return mask if mask is None or mask.ndim == 2 else mask[:, None].repeat(self.branches, 1, 1, 1)
 
 
 def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
@@ -91,11 +115,22 @@ def attend(q: Tensor, views: Sequence[View], scale: float | None = None, dropout
     """
     if len(views) == 1 and views[0].heads is None:
         return _attend_view(q, views[0], scale, dropout)
+    if views[0].queries is not None:
+        return _attend_runs(q, views, scale, dropout)
     out = torch.empty_like(q)
     for view in views:
         heads = slice(None) if view.heads is None else view.heads
         out[:, heads] = _attend_view(q[:, heads], view, scale, dropout)
     return out
+
+
+def _attend_runs(q: Tensor, views: Sequence[View], scale: float | None, dropout: float) -> Tensor:
+    """Each view with its run of queries; joined slot by slot, as the next layer wants them: the only copy."""
+    runs = q.split([view.queries or 0 for view in views], dim=2)
+    out = [
+        _attend_view(run, view, scale, dropout).transpose(1, 2) for run, view in zip(runs, views, strict=True)
+    ]
+    return torch.cat(out, dim=1).transpose(1, 2)
 
 
 def _attend_view(q: Tensor, view: View, scale: float | None, dropout: float) -> Tensor:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from varkit.plans.step import Sees, Slots, Step
+from varkit.plans.visibility import Apart
 
 
 def pack(steps: Sequence[Step]) -> Step:
     """Join consecutive steps of one route into one whose `sees.own` keeps each step's own visibility.
 
     A slot sees an earlier step's slots when that step writes, its own `past` and `mask` allow them, and no step in
-    between has overwritten them. Visibility of what was cached before the pack is the whole past, unless a step
-    narrows it.
+    between has overwritten them; steps that see nothing of each other are kept `Apart`, without a mask. Visibility of
+    what was cached before the pack is the whole past, unless a step narrows it.
     """
     assert len({(s.route, s.guided) for s in steps}) == 1, (
         "steps of different routes have different heads and cannot be packed"
@@ -44,13 +45,12 @@ def pack(steps: Sequence[Step]) -> Step:
         turn=turns(lambda s: s.feed.ids, lambda s: s.feed.turn),
     )
     reads = [torch.where(s.read < 0, s.read, s.read + start) for s, start in zip(steps, starts, strict=True)]
-    past, beyond = _past_of_pack(steps)
     return Step(
         feed=feed,
         target=join(lambda s: s.target),
         read=_cat(reads),
         reveal=join(lambda s: s.reveal),
-        sees=Sees(own=_own_of_pack(steps, starts), mask=past, beyond=beyond),
+        sees=_sees_of_pack(steps, starts),
         writes=all(s.writes for s in steps),
         route=steps[0].route,
         turn=turns(lambda s: s.target, lambda s: s.turn),
@@ -89,6 +89,22 @@ def collate(steps: Sequence[Step | None]) -> Step:
         sees=_sees_of_rows(rows, len(feed)),
         turn=_stack([_turns(s.target, s.turn, 0) for s in rows], 0) if turned else None,
     )
+
+
+def _sees_of_pack(steps: Sequence[Step], starts: Sequence[int]) -> Sees:
+    own = _apart(steps) or _own_of_pack(steps, starts)
+    if all(s.sees.no_past for s in steps):
+        return Sees(own=own, past=steps[0].sees.past)
+    past, beyond = _past_of_pack(steps)
+    return Sees(own=own, mask=past, beyond=beyond)
+
+
+def _apart(steps: Sequence[Step]) -> Apart | None:
+    """The steps' own visibilities, if none sees another's slots and samples agree."""
+    unseen = all(s.sees.no_past for s in steps[1:]) or not any(s.writes for s in steps[:-1])
+    shared = all(s.feed.ids.ndim == 1 for s in steps)
+    shared = shared and not any(isinstance(s.sees.own, Tensor) and s.sees.own.ndim == 3 for s in steps)
+    return Apart.of([(len(s.feed), s.sees.own) for s in steps]) if unseen and shared else None
 
 
 def _own_of_pack(steps: Sequence[Step], starts: Sequence[int]) -> Tensor:

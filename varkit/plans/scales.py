@@ -2,6 +2,9 @@
 
 The feed at level k is the canvas's sum of the levels before it, at level k's grid; it sees itself and everything
 coarser (block-causal). The first level has nothing to show: the generator puts its start tokens there.
+
+A level's feed already tells of what is coarser, so attention need not (MVAR, arXiv 2505.12742): with a `history` of h
+levels it sees itself and the h before it, and with none there is nothing to cache.
 """
 
 from dataclasses import dataclass
@@ -9,19 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varkit.errors import UserError
 from varkit.plans.base import StaticPlan
 from varkit.plans.schedule import Schedule, Side
-from varkit.plans.step import Slots, Step
+from varkit.plans.step import Sees, Slots, Step
 
 
 class ScalePlan(StaticPlan):
     """One step a level; slot, shown position and target position have the same number.
 
-    Coordinates are each level's own rows and columns, or, with `frame`, where these lie on one common grid.
+    Coordinates are each level's own rows and columns, or, with `frame`, where these lie on one common grid. history:
+    how many coarser levels a level sees; None: all.
     """
 
-    def __init__(self, schedule: Schedule, frame: tuple[int, int] | None = None) -> None:
-        self.schedule = schedule
+    def __init__(
+        self, schedule: Schedule, frame: tuple[int, int] | None = None, history: int | None = None
+    ) -> None:
+        self.schedule, self.history = schedule, history
         self.coords = schedule.coords if frame is None else framed(schedule, frame)
         super().__init__([self._step(level) for level in range(len(schedule))], schedule.total)
 
@@ -29,7 +36,13 @@ class ScalePlan(StaticPlan):
         ids = self.schedule.positions(level)
         shows = torch.full_like(ids, -1) if level == 0 else ids
         feed = Slots.of(ids, shows, self.coords[ids], level=level)
-        return Step.of(feed, target=ids)
+        return Step.of(feed, target=ids, sees=self._sees(level), writes=self.history != 0)
+
+    def _sees(self, level: int) -> Sees:
+        if self.history is None:
+            return Sees()
+        first = self.schedule.offsets[max(0, level - self.history)]
+        return Sees(past=torch.arange(first, self.schedule.offsets[level]))
 
 
 def framed(schedule: Schedule, frame: tuple[int, int]) -> Tensor:
@@ -52,19 +65,24 @@ class ScalesConfig:
     """Next-scale order over a pyramid; an integer side stands for a square.
 
     frame: (rows, columns) of a common grid for positions. ratios: other sizes of pictures may be asked for, those of
-    Infinity's table (`varkit.plans.ratios`).
+    Infinity's table (`varkit.plans.ratios`). history: how many coarser levels a level sees; None: all, 0: none.
     """
 
     schedule: tuple[Side, ...]
     frame: tuple[int, int] | None = None
     ratios: bool = False
+    history: int | None = None
 
     def __post_init__(self) -> None:
         sides = tuple(s if isinstance(s, int) else tuple(s) for s in self.schedule)
         object.__setattr__(self, "schedule", sides)
         if self.frame is not None:
             object.__setattr__(self, "frame", tuple(self.frame))
+        if self.history is not None and self.history < 0:
+            raise UserError(
+                f"history {self.history} is negative; 0 sees no coarser level, null sees all of them"
+            )
 
     def build(self) -> ScalePlan:
         """Make the plan."""
-        return ScalePlan(Schedule.parse(self.schedule), self.frame)
+        return ScalePlan(Schedule.parse(self.schedule), self.frame, self.history)

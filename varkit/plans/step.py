@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from varkit.plans.visibility import Own, own_mask
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -75,13 +77,14 @@ class Slots:
 class Sees:
     """What the slots of a step may attend to.
 
-    own: the step's own slots: "all" of them, "causal" (itself and those before), "self", or a mask (L, L) / (B, L, L).
+    own: the step's own slots: "all" of them, "causal" (itself and those before), "self", a mask (L, L) / (B, L, L), or
+    a form of `varkit.plans.visibility`.
     past: which slots written earlier: None all of them, else their ids (P,); an empty tensor means none.
     mask: (L, S) or (B, L, S) bool over slot ids, narrowing `past` for each query (neighbourhoods, reference segments).
     beyond: whether slots from S on, which the mask does not name, are seen; a bool, or one a query, (L,) or (B, L).
     """
 
-    own: str | Tensor = "all"
+    own: Own = "all"
     past: Tensor | None = None
     mask: Tensor | None = None
     beyond: bool | Tensor = False
@@ -91,14 +94,14 @@ class Sees:
         """True when every slot written earlier is visible."""
         return self.past is None and self.mask is None
 
+    @property
+    def no_past(self) -> bool:
+        """True when no slot written earlier is visible, whatever they are."""
+        return self.past is not None and len(self.past) == 0
+
     def own_mask(self, length: int) -> Tensor | None:
         """(L, L) or (B, L, L) bool, or None when all see all."""
-        if isinstance(self.own, Tensor):
-            return self.own
-        if self.own == "all":
-            return None
-        eye = torch.ones(length, length, dtype=torch.bool)
-        return eye.tril() if self.own == "causal" else torch.eye(length, dtype=torch.bool)
+        return own_mask(self.own, length)
 
     def past_mask(self, ids: Tensor) -> Tensor | None:
         """Visibility of past slots `ids` (N,): (1 or L, N) or (B, L, N) bool, or None when all are visible."""

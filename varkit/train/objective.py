@@ -23,7 +23,7 @@ def teacher_forced(
     """Hidden states (B, T, C) at the slots read, over a filled canvas; condition tensors are (B, ...)."""
     fed = canvas.feed(step.feed)
     prepared = generator.prepare({k: v[None] for k, v in condition.items()})
-    h = generator(fed, step, prepared, Packed(step.sees.own_mask(len(step.feed)), step.feed.valid))
+    h = generator(fed, step, prepared, Packed.of(step))
     return h if step.reads_all else gather_positions(h, step.read)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varkit.decode.cache.base import Cache
-from varkit.nn.attention import View, narrowed
+from varkit.nn.attention import Packed, View, Window, narrowed
 from varkit.plans.step import Step
 
 
@@ -38,9 +38,11 @@ class FullCache(Cache):
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)
 
-    def open(self, step: Step, at: Tensor) -> "FullCache":
+    def open(self, step: Step, at: Tensor) -> Window:
         assert step.guided or not step.writes, "a step of one branch would leave the others' keys unwritten"
         self._step, self._at = step, at
+        if step.sees.no_past and not step.writes and step.feed.valid is None:
+            return Packed.of(step, self.branches if step.guided else 1)
         span = step.feed.span
         self._prefix = step.writes and span is not None and span[0] == self._filled and step.sees.whole_past
         if step.writes:

@@ -1,0 +1,101 @@
+"""Slots that see only some of the others: what attention makes of it, against the dense mask."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from varkit.errors import UserError
+from varkit.nn.attention import Packed, View, attend
+from varkit.plans.join import collate, pack
+from varkit.plans.raster import RasterPlan
+from varkit.plans.scales import ScalePlan, ScalesConfig
+from varkit.plans.schedule import Schedule
+from varkit.plans.visibility import Apart, Own
+
+PUBLISHED = Schedule.of(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+def gradients(
+    own: Own | None, inputs: list[torch.Tensor], scale: float | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Attention's output over a packed sequence, and the gradients of q, k and v."""
+    q, k, v = (x.clone().requires_grad_() for x in inputs)
+    out = attend(q, Packed(own).views(0, q, k, v), scale)
+    outer = torch.linspace(-1, 1, out.numel()).view_as(out).to(out.dtype)
+    return (out, *torch.autograd.grad(out, (q, k, v), outer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_runs_apart_attend_as_under_the_dense_mask(dtype: torch.dtype):
+    torch.manual_seed(0)
+    own = Apart.of([(1, "all"), (4, "causal"), (6, torch.rand(6, 6) < 0.5), (5, "all")])
+    own.runs[2][1].fill_diagonal_(True)
+    inputs = [torch.randn(2, 3, 16, 8).to(dtype) for _ in range(3)]
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    for one, twin in zip(gradients(own, inputs, 1.0), gradients(own.mask(), inputs, 1.0), strict=True):
+        assert one.dtype == twin.dtype == dtype
+        assert (one - twin).abs().max() <= bound * twin.std()
+
+
+def test_runs_apart_are_views_without_a_mask_and_heads_may_be_shared():
+    own = Apart.of([(2, "all"), (3, "all")])
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    views = Packed(own).views(0, q, k, v)
+    assert [(view.queries, view.k.shape[2], view.mask) for view in views] == [(2, 2, None), (3, 3, None)]
+    assert torch.allclose(attend(q, views), attend(q, [View(k, v, own.mask())]), atol=1e-6)
+
+
+def test_padding_and_hidden_slots_fall_back_to_the_mask():
+    own, valid = Apart.of([(2, "all"), (2, "all")]), torch.tensor([[True, True, True, False]])
+    q, k, v = (torch.randn(2, 1, 4, 8) for _ in range(3))
+    (view,) = Packed(own, valid, branches=2).views(0, q, k, v)
+    assert torch.equal(view.mask, (own.mask() & valid[0]).expand(2, 1, 4, 4))
+    hidden = torch.tensor([[False], [True]])
+    (view,) = Packed(own).narrow(hidden, torch.arange(4)).views(0, q, k, v)
+    assert view.mask[0, 0, 1].tolist() == [True, True, False, False]
+    assert view.mask[1, 0, 1].tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("history", [None, 0, 1, 2])
+def test_history_is_how_many_coarser_levels_are_seen(history: int | None):
+    whole = ScalePlan(PUBLISHED, history=history).training_step()
+    level = PUBLISHED.level_of
+    behind = level[:, None] - level[None, :]
+    seen = (behind >= 0) & (behind <= (len(PUBLISHED) if history is None else history))
+    assert torch.equal(whole.sees.own_mask(PUBLISHED.total), seen)
+    assert isinstance(whole.sees.own, Apart) == (history == 0)
+    assert whole.writes == (history != 0) and whole.sees.no_past == (history == 0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=5).map(sorted), st.integers(0, 5))
+def test_packed_scales_are_the_scales_by_themselves(sides: list[int], history: int):
+    schedule = Schedule.of(*sides)
+    plan = ScalePlan(schedule, history=history)
+    whole = plan.training_step().sees.own_mask(schedule.total)
+    for level, step in enumerate(plan.steps):
+        rows = slice(schedule.offsets[level], schedule.offsets[level + 1])
+        past = step.sees.past_mask(torch.arange(schedule.offsets[level]))
+        assert bool(whole[rows, rows].all()) and not whole[rows, schedule.offsets[level + 1] :].any()
+        assert torch.equal(whole[rows, : schedule.offsets[level]], past.expand(schedule.lengths[level], -1))
+
+
+def test_packs_of_packs_stay_apart_and_samples_at_different_steps_keep_theirs():
+    plan = ScalePlan(Schedule.of(1, 2, 3), history=0)
+    twice = pack([pack(plan.steps[:2]), plan.steps[2]])
+    assert twice.sees.own == plan.training_step().sees.own == Apart(((1, "all"), (4, "all"), (9, "all")))
+    rows = collate([pack(plan.steps[1:]), pack(plan.steps[:2])])
+    mask = rows.sees.own_mask(13)
+    assert not rows.writes
+    assert torch.equal(mask[0], torch.block_diag(torch.ones(4, 4), torch.ones(9, 9)).bool())
+    assert torch.equal(mask[1, :5, :5], torch.block_diag(torch.ones(1, 1), torch.ones(4, 4)).bool())
+
+
+def test_steps_that_see_each_other_are_not_apart():
+    assert not isinstance(RasterPlan((2, 2)).training_step().sees.own, Apart)
+
+
+def test_a_negative_history_is_refused():
+    with pytest.raises(UserError, match="history -1"):
+        ScalesConfig((1, 2), history=-1)
