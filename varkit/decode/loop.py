@@ -17,8 +17,8 @@ from varkit.canvases.base import gather_positions, steps_of
 from varkit.decode.guidance import by_step
 from varkit.decode.state import State
 from varkit.generators.base import Generator, Prepared, branches_and_batch, rows
-from varkit.heads.base import CONFIDENCE, Ask, Head
-from varkit.plans.base import Plan
+from varkit.heads.base import Ask, Head
+from varkit.plans.base import CONFIDENCE, Plan
 from varkit.plans.step import Step
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from varkit.decode.guidance import BySteps, by_step
 from varkit.errors import UserError
-from varkit.heads.base import CONFIDENCE, Ask
+from varkit.heads.base import Ask
+from varkit.plans.base import CONFIDENCE
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,6 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 """Guidance: branches (R, B, T, ...), progress (B, 1) or (B, T) in [0, 1] -> (B, T, ...)."""
 
 
-CONFIDENCE = "confidence"
-"""The name of a choice's probability among the values of a step; a plan may want it, a canvas never does."""
-
-
 @dataclass(frozen=True)
 class Ask:
     """What is asked of a head at one step of decoding.
@@ -30,7 +26,8 @@ class Ask:
     progress: of the same shape, 0 at the first step, 1 at the last. combine: guidance. pick: the sampler of a discrete
     head (logits -> values by name). fed: values that entered at the slots read, (B, T, ...), for heads that refine what
     was fed (a flow over the backbone). temperature: of heads over real numbers, a number or (B, T or 1, 1); a discrete
-    head has its sampler's. confidence: whether the sampler adds how probable each choice was, `CONFIDENCE` (B, T).
+    head has its sampler's. confidence: whether the sampler adds how probable each choice was, (B, T), by the name of
+    `varkit.plans.base.CONFIDENCE`.
     """
 
     step: Step

@@ -15,6 +15,7 @@ PARTS: dict[str, str] = {
     "Pixels": "varkit.tokenizers.pixels:PixelsConfig",
     "KL": "varkit.tokenizers.kl:KLConfig",
     "VAR": "varkit.generators.var:VARConfig",
+    "HMAR": "varkit.generators.hmar:HMARConfig",
     "Infinity": "varkit.generators.infinity:InfinityConfig",
     "LlamaGen": "varkit.generators.llamagen:LlamaGenConfig",
     "MAR": "varkit.generators.mar:MARConfig",
@@ -24,6 +25,7 @@ PARTS: dict[str, str] = {
     "DiffusionHead": "varkit.heads.diffusion:DiffusionConfig",
     "LogisticMixtureHead": "varkit.heads.logistic_mixture:LogisticMixtureConfig",
     "scales": "varkit.plans.scales:ScalesConfig",
+    "refined": "varkit.plans.refined:RefinedConfig",
     "raster": "varkit.plans.raster:RasterConfig",
     "masked": "varkit.plans.masked:MaskedConfig",
 }

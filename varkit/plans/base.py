@@ -17,6 +17,9 @@ from varkit.plans.step import Step
 if TYPE_CHECKING:
     from varkit.decode.state import State
 
+CONFIDENCE = "confidence"
+"""The name of a choice's probability among the values of a step; a plan may want it, a canvas never does."""
+
 
 class Plan(ABC):
     """The order in which a generator feeds and settles positions.
@@ -40,7 +43,7 @@ class Plan(ABC):
     def settle(self, step: Step, values: Mapping[str, Tensor], state: "State") -> Step:
         """The step, with `reveal` as what was drawn, values (B, T, ...), decides: for orders that commit what is sure.
 
-        With `by_confidence` the values have `confidence` (B, T), the probability of each choice.
+        With `by_confidence` the values have `CONFIDENCE` (B, T), the probability of each choice.
         """
         return step
 
