@@ -15,6 +15,7 @@ from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.hub.states import State
 from varkit.plans.scales import ScalesConfig
+from varkit.plans.schedule import Side
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 
 SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
@@ -27,7 +28,7 @@ def pipeline(
     """The parts of a published generator and tokenizer."""
     config, head = var.generator_configs(generator)
     told = var.tokenizer_config(tokenizer, config.schedule)
-    _check_pair(told, config, head.vocab_size)
+    check_pair(told, config, head.vocab_size)
     configs = {"tokenizer": told, "generator": config, "head": head, "plan": ScalesConfig(config.schedule)}
     states = dict(zip(("generator", "head"), var.generator_from_published(generator), strict=True))
     states["tokenizer"] = var.tokenizer_from_published(tokenizer, told)
@@ -53,7 +54,8 @@ def files(pipeline: Pipeline) -> Files:
     }
 
 
-def _check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size: int) -> None:
+def check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size: int) -> None:
+    """Raise `UserError` for a tokenizer whose codes are not those of the generator."""
     for what, theirs, ours in (
         ("code width", tokenizer.code_channels, generator.code_width),
         ("number of codes", tokenizer.vocab_size, vocab_size),
@@ -72,7 +74,11 @@ def _check_expressible(configs: Mapping[str, Any], tokenizer: State, generator: 
     told = replace(told, drop_path=own.drop_path, adaln_init=own.adaln_init, condition=own.condition)
     check_told("generator", own, told)
     check_told("head", configs["head"], replace(told_head, init_scale=configs["head"].init_scale))
-    own = configs["tokenizer"]
-    told_tokenizer = replace(var.tokenizer_config(tokenizer, told.schedule), beta=own.beta)
-    check_told("tokenizer's convolutions", own.conv, told_tokenizer.conv)
-    check_told("tokenizer", own, told_tokenizer)
+    check_tokenizer(configs["tokenizer"], tokenizer, told.schedule)
+
+
+def check_tokenizer(own: MultiScaleVQConfig, published: State, schedule: tuple[Side, ...]) -> None:
+    """Raise `UserError` unless the published shapes tell the tokenizer's own configuration."""
+    told = replace(var.tokenizer_config(published, schedule), beta=own.beta)
+    check_told("tokenizer's convolutions", own.conv, told.conv)
+    check_told("tokenizer", own, told)

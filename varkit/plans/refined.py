@@ -51,6 +51,7 @@ class RefinedPlan(Plan):
         self.counts, self.guided, self.noise = counts, guided, noise
         self.order = [(level, turn) for level, own in enumerate(counts) for turn in range(len(own))]
         self.by_confidence = any(len(own) > 1 for own in counts)
+        self._whole = scales.training_step()
         self._commits = torch.tensor([counts[level][turn] for level, turn in self.order])
         self._levels = torch.tensor([level for level, _ in self.order])
         self._turns = torch.tensor([turn for _, turn in self.order])
@@ -95,6 +96,20 @@ class RefinedPlan(Plan):
             reveal=_first(read, commits),
             route=MASK,
             guided=self.guided,
+        )
+
+    def masked(self, positions: Tensor) -> Step:
+        """All levels in one refining step that predicts the positions (B, T), as in training."""
+        time = torch.zeros(len(positions), self.schedule.total).scatter_(1, positions, 1.0)
+        reveal = torch.ones_like(positions, dtype=torch.bool)
+        return replace(
+            self._whole,
+            feed=replace(self._whole.feed, time=time),
+            target=positions,
+            read=positions,
+            reveal=reveal,
+            turn=None,
+            route=MASK,
         )
 
     def settle(self, step: Step, values: Mapping[str, Tensor], state: "State") -> Step:

@@ -6,14 +6,12 @@ Legend: B batch, L positions, T masked.
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varkit.plans.refined import MASK, RefinedPlan
-from varkit.plans.step import Step
+from varkit.plans.refined import RefinedPlan
 from varkit.tokenizers.base import Latents, Tokenizer
 from varkit.train.lessons import Lesson
 from varkit.train.scale_weights import WeighedScales
@@ -32,9 +30,8 @@ class MaskedScales:
     """The refining branch. Held-out losses are measured with half of the tokens masked, always the same ones."""
 
     def __init__(self, tokenizer: Tokenizer, plan: RefinedPlan) -> None:
-        self.tokenizer, self.schedule = tokenizer, plan.schedule
+        self.tokenizer, self.plan, self.schedule = tokenizer, plan, plan.schedule
         self.settings: dict[str, Any] = {"kind": type(self).__name__}
-        self._whole = plan.scales.training_step()
 
     def lesson(self, latents: Latents, step: int | None = None) -> Lesson:
         """Masks drawn from torch's generator; with no step, those of held-out losses."""
@@ -43,7 +40,7 @@ class MaskedScales:
         canvas = self.tokenizer.canvas(len(next(iter(latents.values()))))
         canvas.fill(latents)
         masked = self.masked(canvas.batch, share, generator)
-        return Lesson(canvas, self.step(masked), canvas.latents(), masked.shape[1])
+        return Lesson(canvas, self.plan.masked(masked), canvas.latents(), masked.shape[1])
 
     def masked(self, batch: int, share: float, generator: torch.Generator | None = None) -> Tensor:
         """Positions to mask, (B, T): in each scale but the first, `share` of it, rounded up."""
@@ -53,12 +50,3 @@ class MaskedScales:
                 order = torch.rand(batch, n, generator=generator).argsort(dim=1)
                 chosen.append(order[:, : max(1, math.ceil(share * n))] + self.schedule.offsets[level])
         return torch.cat(chosen, dim=1)
-
-    def step(self, masked: Tensor) -> Step:
-        """All scales in one refining step that predicts the positions `masked` (B, T)."""
-        time = torch.zeros(len(masked), self.schedule.total).scatter_(1, masked, 1.0)
-        feed = replace(self._whole.feed, time=time)
-        reveal = torch.ones_like(masked, dtype=torch.bool)
-        return replace(
-            self._whole, feed=feed, target=masked, read=masked, reveal=reveal, turn=None, route=MASK
-        )
