@@ -30,7 +30,7 @@ class ScaleTransformer(Generator):
     of its slots; by default the vector there.
     """
 
-    stacks = ("blocks",)
+    stacks: tuple[str, ...] = ("blocks",)
 
     def __init__(
         self, conditioner: Conditioner, block: BlockConfig, depth: int, code_width: int, starts: int, levels: int,

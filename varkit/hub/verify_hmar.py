@@ -95,12 +95,13 @@ def _tokenizer(case: Case, schedule: Schedule) -> MultiScaleVQ:
 def _built(published: Tensors, schedule: Schedule) -> _Parts:
     """The model of a merged checkpoint."""
     config, head_config = hmar.generator_configs(published, schedule.sides)
-    modules = {"generator": build_empty(config.build)}
-    modules |= {name: build_empty(head_config.build) for name in ("head", "head_mask")}
-    for name, state in hmar.generator_from_published(published, schedule.sides).items():
-        load_state(modules[name], state, f"the {name}")
-        modules[name].eval()
-    return _Parts(modules["generator"], {"main": modules["head"], "mask": modules["head_mask"]})
+    generator = build_empty(config.build)
+    heads = {name: build_empty(head_config.build) for name in ("head", "head_mask")}
+    states = hmar.generator_from_published(published, schedule.sides)
+    load_state(generator, states["generator"], "the generator")
+    for name, head in heads.items():
+        load_state(head, states[name], f"the {name}")
+    return _Parts(generator.eval(), {"main": heads["head"].eval(), "mask": heads["head_mask"].eval()})
 
 
 def _stage_one(published: Tensors, schedule: Schedule) -> _Parts:
