@@ -2,30 +2,46 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from tests.contracts import CASES, PYRAMID, Case, drawn, start, true_latents
+from tests.models import tiny_recipe
 from tests.test_contracts import filled, force
 from varkit.canvases.grid import GridCanvas
+from varkit.catalog.experiment import Subject
+from varkit.catalog.harness import find_experiment
+from varkit.catalog.measures import EVALUATIONS
+from varkit.catalog.models import Trained
+from varkit.data.registry import open_dataset
 from varkit.decode.cache.full import FullCache
 from varkit.decode.loop import Model, advance, decode, run
 from varkit.decode.state import State
 from varkit.draws import Draws
+from varkit.edit.inpaint import start_inpaint
 from varkit.errors import UserError
 from varkit.generators.base import Generator
+from varkit.generators.hmar import HMARConfig
+from varkit.generators.var import VARConfig
 from varkit.heads.base import Head
+from varkit.hub.pipeline import Settings, load
 from varkit.nn.attention import Packed
 from varkit.plans.base import CONFIDENCE
 from varkit.plans.refined import MASK, RefinedConfig, RefinedPlan, coarse_counts
 from varkit.plans.scale_weights import scale_weights, token_weights
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule
+from varkit.train.loop import load_run
 from varkit.train.masked_scales import FirstGuesses, MaskedScales
 from varkit.train.objective import NextStepLoss
+from varkit.train.recipes import digit_scales, hmar_digits
+from varkit.train.run import Request, train_recipe
+from varkit.train.task import TrainConfig
 
 REFINED = CASES["hmar-refined"]
 BATCH = 3
@@ -92,7 +108,7 @@ def compositions(draw, schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     return tuple(counts)
 
 
-@settings(derandomize=True, deadline=None, max_examples=12)
+@settings(derandomize=True, deadline=None, max_examples=6)
 @given(compositions(Schedule.parse(PYRAMID)), st.booleans())
 def test_every_schedule_of_counts_settles_each_position_once(counts, guided):
     tokenizer, model = with_plan(REFINED, counts=counts, guided=guided)
@@ -320,3 +336,103 @@ def test_refinement_makes_the_tokens_of_a_scale_agree():
         share = ids.mean(dim=1)
         agreement[name] = (share**2 + (1 - share) ** 2).mean().item()
     assert agreement["one shot"] < 0.6 and agreement["four steps"] > 0.9
+
+
+def test_what_editing_keeps_is_committed_first():
+    """Kept tokens are never in doubt: no refining step masks them while others are left to commit."""
+    model = REFINED.pipeline(Settings(guidance=2.0))
+    image = Image.fromarray(np.zeros((8, 12, 3), np.uint8))
+    redraw = np.zeros((8, 12), bool)
+    redraw[:, 6:] = True
+    state = start_inpaint(model, image, redraw, 3, n=2, seed=1)
+    for before in range(model.model.plan.evaluations):
+        level, turn = model.model.plan.order[before]
+        positions = model.schedule.positions(level)
+        advance(model.model, state)
+        keep, known = state.extras["keep"][:, positions], state.canvas.known[:, positions]
+        committed = sum(model.model.plan.counts[level][: turn + 1])
+        assert bool(((known & keep).sum(dim=1) == keep.sum(dim=1).clamp(max=committed)).all())
+
+
+def test_counts_are_changed_by_a_text_and_without_training():
+    model = REFINED.pipeline(Settings(guidance=2.0))
+    finer = model.refined("4x6:6,6,6,6 2:1,1,1,1")
+    assert finer.configs["plan"].counts[-1] == (6, 6, 6, 6) and finer.model.plan.evaluations == 1 + 4 + 1 + 4
+    assert finer.generator is model.generator
+    assert model.refined("none").model.plan.evaluations == len(PYRAMID)
+    assert finer.generate(2, seed=1)[0].tobytes() != model.generate(2, seed=1)[0].tobytes()
+    for text, says in (("2:1,3 x", "'x'"), ("7:49", "no scale is 7x7"), ("4x6:1", "do not make up its 24")):
+        with pytest.raises(UserError, match=says):
+            model.refined(text)
+    with pytest.raises(UserError, match="does not refine"):
+        CASES["var-class"].pipeline(Settings()).refined("none")
+
+
+def tiny_recipe_of_two_stages():
+    """The digits of tests/models.py, for as few steps as can be."""
+    base, recipe = tiny_recipe(), hmar_digits()
+    train, tokens = (
+        TrainConfig(steps=2, validate_every=2),
+        replace(base.tokenizer, train=TrainConfig(steps=1)),
+    )
+    told = {name: getattr(base.generator.config, name) for name in VARConfig.__dataclass_fields__}
+    assert recipe.generator.further is not None
+    further = replace(recipe.generator.further, train=train, batch_size=4)
+    config = HMARConfig(**(told | {"depth": 3}), mask_depth=1)
+    generator = replace(
+        base.generator,
+        config=config,
+        train=train,
+        teach=recipe.generator.teach,
+        further=further,
+        condition_drop=0.0,
+    )
+    return replace(base, name="tiny-hmar", tokenizer=tokens, generator=generator)
+
+
+def test_both_stages_train_and_the_second_leaves_the_first_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("varkit.train.run.HELD_OUT", 8)
+    recipe = tiny_recipe_of_two_stages()
+    request = Request("tiny-hmar", seed=1)
+    train_recipe(request, recipe, open_dataset("digits"), tmp_path / "run", say=lambda text: None)
+    first, model = load_run(tmp_path / "run" / "generator"), load(tmp_path / "run")
+    own, moved = model.generator.state_dict(), ("mask_blocks", "mask_modulation", "mask_embed")
+    for name, tensor in first["generator"].items():
+        assert torch.equal(own[name], tensor) is not name.startswith(moved), name
+    assert all(torch.equal(model.model.heads["main"].state_dict()[n], t) for n, t in first["head"].items())
+    assert not torch.equal(model.model.heads[MASK].out.weight, first["head"]["out.weight"])
+    assert {"loss", "refinement_loss"} <= model.about["metrics"].keys()
+    (tmp_path / "run" / "refinement" / "DONE").unlink()
+    train_recipe(
+        request, recipe, open_dataset("digits"), tmp_path / "run", resume=True, say=lambda text: None
+    )
+    again = load(tmp_path / "run").generator.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+def test_the_recipe_shares_the_bases_steps_between_its_stages():
+    base, recipe = digit_scales().generator, hmar_digits().generator
+    assert recipe.further is not None
+    assert recipe.train.steps + recipe.further.train.steps == base.train.steps
+    assert recipe.config.first_guess() == base.config
+    assert Trained(hmar_digits()).address != Trained(digit_scales()).address
+
+
+def test_the_experiment_is_measured_with_toys(monkeypatch):
+    experiment = find_experiment("hmar")
+    quality, refinement, cost = experiment.parts
+    pipeline = REFINED.pipeline(Settings(guidance=2.0))
+    counted = [EVALUATIONS.measure(Subject(arm.apply(pipeline), 0)) for arm in refinement.arms]
+    assert counted == [4.0, 5.0, 5.0]  # of this pyramid only the 2 x 2 scale is refined
+    functions = cost.metrics[0].measure.__globals__
+    monkeypatch.setitem(functions["SIDES"], 256, (1, 2, 3))
+    monkeypatch.setitem(functions, "ROUNDS", 1)
+    values = {
+        arm.name: {m.name: [m.measure(Subject(pipeline, 0, arm.options))] for m in cost.metrics}
+        for arm in cost.arms[:2]
+    }
+    assert set(values) == {"VAR 256", "HMAR 256"} and all(
+        v > 0 for own in values.values() for (v,) in own.values()
+    )
+    assert values["HMAR 256"]["memory"][0] < values["VAR 256"]["memory"][0]
+    assert "FID" in str(quality.rule)

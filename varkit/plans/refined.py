@@ -7,6 +7,7 @@ surest, until T adds up to n. The counts T may be changed at any time without tr
 Legend: B samples, K levels, n positions of a level, T targets of a step.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -37,6 +38,25 @@ def coarse_counts(schedule: Schedule, more: Mapping[int, tuple[int, ...]] | None
     """The counts of `FEW`, or of `more` by positions of a level, for each level."""
     few = FEW | dict(more or {})
     return tuple(few.get(n, (n,)) for n in schedule.lengths)
+
+
+def parse_counts(text: str, schedule: Schedule) -> Counts:
+    """Counts as users write them, by the sides of levels: "2:1,3 4x6:8,16", the others drawn at once; "none" for all.
+
+    Raises `UserError` for what is no such text, and for sides that no level has.
+    """
+    few: dict[tuple[int, int], tuple[int, ...]] = {}
+    for word in [] if text == "none" else text.split():
+        found = re.fullmatch(r"(\d+)(?:x(\d+))?:(\d+(?:,\d+)*)", word)
+        if not found:
+            raise UserError(f"refinement {word!r} is not SIDE:N,N,...; write e.g. '2:1,3 3:1,1,2,5', or none")
+        side = int(found[1]), int(found[2] or found[1])
+        if side not in schedule.sides:
+            known = ", ".join(f"{h}x{w}" for h, w in schedule.sides)
+            raise UserError(f"no scale is {side[0]}x{side[1]}; those of this model are {known}")
+        few[side] = tuple(map(int, found[3].split(",")))
+    pairs = zip(schedule.sides, schedule.lengths, strict=True)
+    return tuple(few.get(side, (n,)) for side, n in pairs)
 
 
 class RefinedPlan(Plan):
