@@ -1,8 +1,8 @@
 """The contract every model keeps, written once. A generator opts in with a tiny `Case` in `CASES`; the suite is
 tests/test_contracts.py. Legend: R branches, B samples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from varkit.decode.state import Options, State
 from varkit.draws import Draws
 from varkit.generators.base import Condition
 from varkit.generators.conditioning import ClassConfig
+from varkit.generators.hmar import HMARConfig
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.m_var import MVarConfig
@@ -32,6 +33,7 @@ from varkit.nn.mamba import Mamba2Config
 from varkit.plans.base import StaticPlan
 from varkit.plans.masked import MaskedConfig
 from varkit.plans.raster import RasterConfig
+from varkit.plans.refined import RefinedConfig
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
@@ -41,6 +43,7 @@ from varkit.tokenizers.pixels import PixelsConfig, from_levels, to_levels
 from varkit.tokenizers.vq import VQConfig
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.masked_lessons import MaskedLessons
+from varkit.train.masked_scales import FirstGuesses, MaskedScales
 
 PYRAMID = (1, 2, (2, 3), (4, 6))
 
@@ -48,7 +51,7 @@ PYRAMID = (1, 2, (2, 3), (4, 6))
 @dataclass(frozen=True)
 class Case:
     """A tiny configuration of each part, conditions for B samples, two sites of the generator's ports, and what its
-    training is taught."""
+    training is taught. branches: for each further route, its head and what it is taught."""
 
     tokenizer: object
     generator: object
@@ -57,6 +60,12 @@ class Case:
     conditions: Callable[[int], Condition]
     sites: tuple[tuple[str, int], ...] = (("block", 0), ("attention", 1))
     teach: Callable[[Any, Any], Lessons] = WholePlan
+    branches: Mapping[str, tuple[object, Callable[[Any, Any], Lessons]]] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> dict[str, object]:
+        """The head of each route."""
+        return {"main": self.head} | {route: head for route, (head, _) in self.branches.items()}
 
     @property
     def static(self) -> bool:
@@ -67,28 +76,29 @@ class Case:
         """Tokenizer and model with random weights that make every parameter matter (no zero gates)."""
         torch.manual_seed(0)
         tokenizer = self.tokenizer.build().eval()
-        generator, head = self.generator.build().eval(), self.head.build().eval()
-        for module in (tokenizer, generator, head):
+        generator = self.generator.build().eval()
+        heads = {route: head.build().eval() for route, head in self.heads.items()}
+        for module in (tokenizer, generator, *heads.values()):
             for name, p in module.named_parameters():
                 if p.ndim < 2 or "modulation" in name:
                     nn.init.normal_(p, mean=1.0 if name.endswith("gain") else 0.0, std=0.2)
         if getattr(getattr(tokenizer, "quantizer", None), "embedding", None) is not None:
             nn.init.normal_(tokenizer.quantizer.embedding.weight)
-        out = head.out if hasattr(head, "out") else head.net.out
-        nn.init.normal_(out.weight, std=0.3)
-        return tokenizer.to(dtype), Model(self.plan.build(), generator.to(dtype), {"main": head.to(dtype)})
+        for head in heads.values():
+            out = head.out if hasattr(head, "out") else head.net.out
+            nn.init.normal_(out.weight, std=0.3)
+            head.to(dtype)
+        return tokenizer.to(dtype), Model(self.plan.build(), generator.to(dtype), heads)
 
     def pipeline(self, settings: Settings, dtype: torch.dtype = torch.float32) -> Pipeline:
         """The parts as users hold them."""
         tokenizer, model = self.build(dtype)
-        parts = {
-            "tokenizer": tokenizer,
-            "generator": model.generator,
-            "plan": model.plan,
-            "head": model.heads["main"],
-        }
-        names = ("tokenizer", "generator", "head", "plan")
-        return Pipeline(parts, {name: getattr(self, name) for name in names}, settings)
+        heads = {"head" if route == "main" else f"head_{route}": route for route in self.heads}
+        parts = {"tokenizer": tokenizer, "generator": model.generator, "plan": model.plan}
+        configs = {name: getattr(self, name) for name in parts}
+        parts |= {name: model.heads[route] for name, route in heads.items()}
+        configs |= {name: self.heads[route] for name, route in heads.items()}
+        return Pipeline(parts, configs, settings)
 
 
 def start(
@@ -172,6 +182,18 @@ def _mar(condition: ClassConfig | TextConfig, conditions: Callable[[int], Condit
     )
 
 
+def _hmar(**plan) -> Case:
+    base = _scales(_var(), labels)
+    config = HMARConfig(**(asdict(base.generator) | {"condition": ClassConfig(5), "mask_depth": 1}))
+    return replace(
+        base,
+        generator=config,
+        plan=RefinedConfig(PYRAMID, **plan),
+        teach=FirstGuesses,
+        branches={"mask": (base.head, MaskedScales)},
+    )
+
+
 def _infinity(tokenizer: BitwiseConfig) -> Case:
     text = TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)
     generator = InfinityConfig(2, 24, 2, tokenizer.token_bits, text, gate_init=1.0, modulation_init=0.5)
@@ -189,6 +211,8 @@ CASES: dict[str, Case] = {
     "var-markov": _scales(_var(), labels, history=0),
     "m-var-class": _m_var(),
     "m-var-plain-attention": _m_var(cosine=False),
+    "hmar-refined": _hmar(counts=((1,), (1, 3), (2, 2, 2))),
+    "hmar-guided": _hmar(counts=((1,), (4,), (3, 3)), guided=True, noise=1.0),
     "infinity-text": _infinity(_BITS),
     "infinity-patches": _infinity(replace(_BITS, patch=2)),
     "llamagen-class": Case(

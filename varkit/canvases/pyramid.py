@@ -19,9 +19,10 @@ class PyramidCanvas(Canvas):
     """What is chosen (B, L, ...), inputs (B, L, D), running sum f_hat (B, D, h, w).
 
     Samples may stand at different levels. `quantizer` names and makes what is chosen (ids, bits), and provides
-    `lookup`, `accumulate` and `next_input` (see tokenizers/residual.py); `show` maps f_hat to images. A step must
-    reveal whole levels. Values may bring `codes` (B, T, D) to be added in place of those looked up (smooth sampling,
-    blended edits); the codes added are kept, so that a rollback can add them again.
+    `lookup`, `accumulate`, `next_input` and `own_input` (see tokenizers/residual.py); `show` maps f_hat to images.
+    Values may bring `codes` (B, T, D) to be added in place of those looked up (smooth sampling, blended edits); the
+    codes added are kept, so that a rollback can add them again. A scale is added to the sum once all of it is
+    committed; until then what is drawn of it is a draft. Slots with a noise time show the draft too.
     """
 
     def __init__(
@@ -61,37 +62,39 @@ class PyramidCanvas(Canvas):
         return self._tensors["revealed_at"]
 
     def feed(self, slots: Slots) -> dict[str, Tensor]:
-        return {"vectors": gather_positions(self._tensors["inputs"], slots.shows)}
+        fed = {"vectors": gather_positions(self._tensors["inputs"], slots.shows)}
+        if slots.time is not None:
+            fed["own"] = gather_positions(self._own(slots), slots.shows)
+        return fed
+
+    def _own(self, slots: Slots) -> Tensor:
+        """(B, L, D): what each scale among the slots holds by itself; zeros at the other scales."""
+        own = torch.zeros_like(self._tensors["inputs"])
+        for level in slots.level.unique().tolist():
+            a, e = self.schedule.offsets[level], self.schedule.offsets[level + 1]
+            own[:, a:e] = self.quantizer.own_input(self._tensors["codes"][:, a:e], level, self.schedule)
+        return own
 
     def reveal(self, step: Step, values: dict[str, Tensor], at: Tensor) -> None:
-        assert bool((step.reveal | (step.target < 0)).all()), (
-            "a pyramid commits whole levels; nothing is provisional"
-        )
+        before = self._complete()
         again = gather_positions(self.known, step.target).any(dim=1)
         scatter_positions(self.chosen, step.target, values[self.name])
-        mark_revealed(self.revealed_at, step, at)
         codes = values["codes"] if "codes" in values else self.quantizer.lookup(values[self.name])
-        first = (
-            step.target[..., 0].expand(self.batch)
-            if step.target.ndim == 2
-            else step.target[:1].expand(self.batch)
-        )
-        for start in first.unique().tolist():
-            if start >= 0:
-                rows = (first == start).nonzero()[:, 0]
-                target = step.target if step.target.ndim == 1 else step.target[rows[0]]
-                self._reveal_levels(rows.to(self.f_hat.device), int(start), int((target >= 0).sum()), codes)
+        scatter_positions(self._tensors["codes"], step.target, codes)
+        mark_revealed(self.revealed_at, step, at)
+        fresh = self._complete() & ~before
+        for level in fresh.any(dim=0).nonzero()[:, 0].tolist():
+            a, e = self.schedule.offsets[level], self.schedule.offsets[level + 1]
+            rows = fresh[:, level].nonzero()[:, 0].to(self.f_hat.device)
+            self._add(level, self._tensors["codes"][rows, a:e], None if len(rows) == self.batch else rows)
         for b in again.nonzero()[:, 0].tolist():
             self._replay(b)  # a level drawn anew: its old codes must leave the sum
 
-    def _reveal_levels(self, rows: Tensor, start: int, count: int, codes: Tensor) -> None:
-        """Add the whole levels that `count` positions from `start` on cover, for `rows` of the batch."""
-        level, done = self.schedule.offsets.index(start), 0
-        while done < count:
-            n = self.schedule.lengths[level]
-            assert done + n <= count, "a step must reveal whole levels"
-            self._add(level, codes[rows, done : done + n], None if len(rows) == self.batch else rows)
-            level, done = level + 1, done + n
+    def _complete(self) -> Tensor:
+        """(B, K) bool: levels that are committed to their last position."""
+        return torch.stack(
+            [part.all(dim=1) for part in self.known.split(self.schedule.lengths, dim=1)], dim=1
+        )
 
     def _add(self, level: int, codes: Tensor, rows: Tensor | None) -> None:
         """Add one level's codes to f_hat of `rows` (None: all), and fill in the next level's input."""

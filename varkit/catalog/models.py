@@ -140,6 +140,9 @@ def _described(recipe: "Recipe") -> dict[str, Any]:
     }
     described = {"kinds": kinds, **asdict(recipe)}
     described["generator"]["teach"] = _taught(recipe.generator.teach)
+    further = described["generator"].pop("further")
+    if further is not None:  # recipes without keep the addresses that they had before there was one
+        described["generator"]["further"] = further | {n: _taught(further[n]) for n in ("teach", "begin")}
     return described
 
 
@@ -147,4 +150,4 @@ def _taught(teach: Callable[..., Any]) -> dict[str, Any]:
     """A class of lessons, or one with settings of its own, as JSON."""
     if isinstance(teach, partial):
         return {**_taught(teach.func), **teach.keywords}
-    return {"kind": teach.__name__}
+    return {"kind": teach.__qualname__}

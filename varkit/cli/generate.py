@@ -95,6 +95,9 @@ class Generate(Sampling):
     """Keep the generator's blocks on disk or in RAM until their turn, for a model larger than memory."""
     tile: int | None = None
     """Decode pictures in tiles of so many pixels a side, for large ones in little memory."""
+    refine: str | None = None
+    """For a model that refines its scales (HMAR): the tokens that each step settles, by the side of a scale, such as
+    "2:1,3 3:1,1,2,5"; or none."""
 
     def __post_init__(self) -> None:
         if self.text_encoder is not None and self.embeddings is not None:
@@ -152,6 +155,8 @@ class Generate(Sampling):
         pipeline = load(self.model, self.dtype, self.offload).sized(size)
         if self.tile is not None:
             pipeline.tiled(self.tile)
+        if self.refine is not None:
+            pipeline = pipeline.refined(self.refine)
         source = self._text_source()
         return pipeline if source is None else pipeline.with_text(source)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from varkit.canvases.base import gather_positions, steps_of
 from varkit.decode.guidance import by_step
 from varkit.decode.state import State
-from varkit.generators.base import Generator, branches_and_batch, rows
+from varkit.generators.base import Generator, Prepared, branches_and_batch, rows
 from varkit.heads.base import Ask, Head
-from varkit.plans.base import Plan
+from varkit.plans.base import CONFIDENCE, Plan
 from varkit.plans.step import Step
 
 
@@ -44,11 +44,14 @@ def advance(model: Model, state: State) -> State:
 def take(model: Model, state: State, step: Step) -> State:
     """Take a given step: the plan's next, or several packed into one (a verification window, to be rolled back)."""
     _catch_up(model, state)
-    fed, h = _evaluate(model, state, step)
+    prepared = state.prepared if step.guided else {k: v[:1] for k, v in state.prepared.items()}
+    fed, h = _evaluate(model, state, step, prepared)
     if step.target.shape[-1]:
-        values = model.heads[step.route].sample(_read(h, step, state), _ask(model, state, step, fed))
+        values = model.heads[step.route].sample(_read(h, step, prepared), _ask(model, state, step, fed))
         if state.options.override is not None:
             values = state.options.override(step, values, state)
+        step = model.plan.settle(step, values, state)
+        values = {name: value for name, value in values.items() if name != CONFIDENCE}
         state.canvas.reveal(step, values, state.cursor)
     _count(state, step)
     state.finished = state.finished | model.plan.finished(state)
@@ -68,11 +71,11 @@ def run(model: Model, state: State) -> State:
     return state  # `advance` works in place
 
 
-def _evaluate(model: Model, state: State, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+def _evaluate(model: Model, state: State, step: Step, prepared: Prepared) -> tuple[dict[str, Tensor], Tensor]:
     """What the canvas feeds at a step, and the hidden states (N, L, C)."""
     fed = state.canvas.feed(step.feed)
     window = state.cache.open(step, state.cursor)
-    h = model.generator(fed, step, state.prepared, window, state.options.ports)
+    h = model.generator(fed, step, prepared, window, state.options.ports)
     state.cache.close()
     return fed, h
 
@@ -83,13 +86,13 @@ def _catch_up(model: Model, state: State) -> None:
         past = replace(state, cursor=at, finished=at >= state.cursor)
         step = model.plan.next_step(past)
         assert step is not None, "the plan has no steps for what was rolled back"
-        _evaluate(model, past, step)
+        _evaluate(model, past, step, past.prepared)
         state.evaluations = state.evaluations + _moved(past, step)
 
 
-def _read(h: Tensor, step: Step, state: State) -> Tensor:
+def _read(h: Tensor, step: Step, prepared: Prepared) -> Tensor:
     """Hidden states (N, L, C) at the slots the step reads -> (R, B, T, C)."""
-    branches, batch = branches_and_batch(state.prepared)
+    branches, batch = branches_and_batch(prepared)
     if not step.reads_all:
         read = step.read if step.read.ndim == 1 else rows(step.read, branches)
         h = gather_positions(h, read)
@@ -110,6 +113,7 @@ def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
         temperature=by_step(temperature, progress)[..., None]
         if isinstance(temperature, tuple)
         else temperature,
+        confidence=model.plan.by_confidence,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from varkit.decode.guidance import BySteps, by_step
 from varkit.errors import UserError
 from varkit.heads.base import Ask
+from varkit.plans.base import CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,25 @@ class Sampler:
             raise UserError(f"top-p {self.top_p} is outside 0 to 1; use 0 (keep all) or e.g. 0.95")
 
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
-        """logits (B, T, ..., V) -> ids (B, T, ...); what a target is made of (bits) has a draw each."""
+        """logits (B, T, ..., V) -> ids (B, T, ...); what a target is made of (bits) has a draw each.
+
+        Where it is asked for, with the probability of each under the filtered logits.
+        """
+        ids = self._ids(logits, ask)
+        if not ask.confidence:
+            return {"ids": ids}
+        return {"ids": ids, CONFIDENCE: chance(self.filtered(logits, ask.progress), ids)}
+
+    def _ids(self, logits: Tensor, ask: Ask) -> Tensor:
         if self.temperature == 0:
-            return {"ids": logits.argmax(dim=-1)}
+            return logits.argmax(dim=-1)
         target, shape = ask.step.target.clamp(min=0), logits.shape[:-1]
         uniform = ask.draws.uniform("token", ask.at, target, math.prod(shape[2:])).view(shape)
         ids = pick(self.filtered(logits, ask.progress), uniform.to(logits.device))
         if isinstance(self.temperature, tuple) and 0 in self.temperature:
             greedy = _over(by_step(self.temperature, ask.progress) == 0, ids)
             ids = torch.where(greedy, logits.argmax(dim=-1), ids)
-        return {"ids": ids}
+        return ids
 
     def filtered(self, logits: Tensor, progress: Tensor | None = None) -> Tensor:
         """logits (B, T, ..., V) over the temperature, -inf where top-k or top-p drop a code.
@@ -94,6 +104,11 @@ def pick(logits: Tensor, uniform: Tensor) -> Tensor:
     places = torch.arange(logits.shape[-1], device=logits.device)
     last = torch.where(logits > -torch.inf, places, 0).amax(dim=-1)
     return torch.minimum(ids, last)
+
+
+def chance(logits: Tensor, ids: Tensor) -> Tensor:
+    """The probability of ids (...) under logits (..., V)."""
+    return logits.softmax(dim=-1).gather(-1, ids[..., None]).squeeze(-1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from varkit.decode.state import State
 from varkit.errors import UserError
 from varkit.hub.pipeline import Pipeline, Prompt
 from varkit.pictures import to_tensor
-from varkit.plans.scales import ScalePlan
+from varkit.plans.base import CONFIDENCE
 from varkit.plans.schedule import Schedule
 from varkit.plans.step import Step
 from varkit.tokenizers.residual import ResidualQuantizer
@@ -61,6 +61,8 @@ class Keeping:
         name = self.quantizer.latent
         every = held.view(*held.shape, *([1] * (true.ndim - 2)))
         mixed = {**values, name: torch.where(every, true, values[name])}
+        if CONFIDENCE in values:  # what is kept is never in doubt, so an order by confidence commits it first
+            mixed[CONFIDENCE] = torch.where(held, torch.inf, values[CONFIDENCE])
         if "codes" in values:
             mixed["codes"] = torch.where(held[..., None], self.quantizer.lookup(true), values["codes"])
         return mixed
@@ -100,7 +102,7 @@ def start_inpaint(
 
     first: the number of the first version in the seed's stream. negative: a prompt that guidance leads away from.
     """
-    if not isinstance(pipeline.model.plan, ScalePlan):
+    if pipeline.schedule is None:
         kind = type(pipeline.model.plan).__name__
         raise UserError(
             f"editing needs a model that draws scale by scale, and this one follows a {kind}; try 'scenes'"
@@ -110,7 +112,7 @@ def start_inpaint(
             f"the mask is {redraw.shape[0]}x{redraw.shape[1]} and the picture {image.height}x{image.width}; "
             "they must have one size"
         )
-    tokenizer, schedule = pipeline.tokenizer, pipeline.model.plan.schedule
+    tokenizer, schedule = pipeline.tokenizer, pipeline.schedule
     pixels = to_tensor(np.asarray(fitted(image, pipeline.size))[None]).to(pipeline.device)
     true = tokenizer.encode(pixels, schedule)[tokenizer.quantizer.latent]
     keep = keep_masks(torch.from_numpy(redraw), schedule)

@@ -6,7 +6,8 @@ subclass says how a slot knows where it stands.
 Legend: R branches, B samples, N = R x B, L slots, C width, K levels, M prompt length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class ScaleTransformer(Generator):
     of its slots; by default the vector there.
     """
 
-    stacks = ("blocks",)
+    stacks: tuple[str, ...] = ("blocks",)
 
     def __init__(
         self, conditioner: Conditioner, block: BlockConfig, depth: int, code_width: int, starts: int, levels: int,
@@ -52,6 +53,29 @@ class ScaleTransformer(Generator):
         """What is added to embedded codes at slots `ids` of scales `level`, both (L,) or (N, L) -> (..., L, C)."""
         return self.level(level)
 
+    def shown(self, fed: dict[str, Tensor], step: Step) -> Tensor:
+        """What is fed, embedded: (B, L, D) -> (B, L, C)."""
+        vectors = fed["vectors"]
+        if self.around is not None:
+            vectors = self.around(vectors, step.feed.ids.clamp(min=0).to(self.start.device))
+        return self.embed(vectors.to(self.embed.weight.dtype))
+
+    def every_block(self) -> Iterable[AdaLNBlock]:
+        """The blocks of all stacks."""
+        return chain.from_iterable(getattr(self, stack) for stack in self.stacks)
+
+    def path(self, route: str) -> Iterable[tuple[int, AdaLNBlock]]:
+        """The blocks that a step of a route goes through, each with its number among `every_block`."""
+        return enumerate(self.blocks)
+
+    def finals(self, vector: Tensor) -> Prepared:
+        """The modulation before each head, (N, 2, C), by the names that `final_of` gives."""
+        return {"final": self.final_modulation(F.silu(vector)).unflatten(-1, (2, -1))}
+
+    def final_of(self, route: str) -> str:
+        """Which of `finals` serves a route."""
+        return "final"
+
     def rotation(self, step: Step, branches: int, device: torch.device) -> Rotation | None:
         """How attention turns queries and keys, if it does."""
         return None
@@ -63,15 +87,11 @@ class ScaleTransformer(Generator):
         if self.shared_modulation is not None:
             shared = self.shared_modulation(F.silu(vector)).unflatten(-1, (6, -1))
         vectors, pairs = [], []
-        for block in self.blocks:  # once, since going through them may mean reading them
+        for block in self.every_block():  # once, since going through them may mean reading them
             vectors.append(block.vectors(vector, shared))
             if memory is not None:
                 pairs.append(block.cross.project(memory))
-        prepared = {
-            "start": vector,
-            "modulation": torch.stack(vectors, dim=1),
-            "final": self.final_modulation(F.silu(vector)).unflatten(-1, (2, -1)),
-        }
+        prepared = {"start": vector, "modulation": torch.stack(vectors, dim=1), **self.finals(vector)}
         if memory is not None and mask is not None:
             prepared["memory_k"] = torch.stack([k for k, _ in pairs], dim=1)
             prepared["memory_v"] = torch.stack([v for _, v in pairs], dim=1)
@@ -87,30 +107,28 @@ class ScaleTransformer(Generator):
         ports: Ports | None = None,
     ) -> Tensor:
         flat = {k: v.flatten(0, 1) for k, v in prepared.items()}
-        h = self._embed(fed["vectors"], step, flat["start"])
+        h = self._embed(fed, step, flat["start"])
         h = through(ports, "input", 0, h, step, prepared)
         rotate = self.rotation(step, len(h) // len(fed["vectors"]), h.device)
-        for layer, block in enumerate(self.blocks):
+        for layer, (at, block) in enumerate(self.path(step.route)):
             memory = None
             if "memory_k" in flat:
-                memory = (flat["memory_k"][:, layer], flat["memory_v"][:, layer], flat["memory_mask"])
+                memory = (flat["memory_k"][:, at], flat["memory_v"][:, at], flat["memory_mask"])
             port = port_at(ports, "attention", layer, step, prepared)
-            h = block(h, flat["modulation"][:, layer], window, layer, memory, rotate, port)
+            h = block(h, flat["modulation"][:, at], window, layer, memory, rotate, port)
             h = through(ports, "block", layer, h, step, prepared)
-        scale, shift = flat["final"].split(1, dim=1)
+        scale, shift = flat[self.final_of(step.route)].split(1, dim=1)
         return through(ports, "output", 0, modulate(h, scale, shift, self.eps), step, prepared)
 
-    def _embed(self, vectors: Tensor, step: Step, start: Tensor) -> Tensor:
-        """(B, L, D) -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
-        branches, device = start.shape[0] // vectors.shape[0], self.start.device
+    def _embed(self, fed: dict[str, Tensor], step: Step, start: Tensor) -> Tensor:
+        """Fed -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
+        branches, device = start.shape[0] // fed["vectors"].shape[0], self.start.device
         starts = bool((step.feed.shows < 0).any())
         ids, level, shows = (
             per_row(t, 1, branches).to(device)
             for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
         )
-        if self.around is not None:
-            vectors = self.around(vectors, step.feed.ids.clamp(min=0).to(device))
-        h = rows(self.embed(vectors.to(self.embed.weight.dtype)), branches)
+        h = rows(self.shown(fed, step), branches)
         if starts:
             first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]
             h = torch.where((shows < 0)[..., None], first, h)

@@ -26,7 +26,8 @@ class Ask:
     progress: of the same shape, 0 at the first step, 1 at the last. combine: guidance. pick: the sampler of a discrete
     head (logits -> values by name). fed: values that entered at the slots read, (B, T, ...), for heads that refine what
     was fed (a flow over the backbone). temperature: of heads over real numbers, a number or (B, T or 1, 1); a discrete
-    head has its sampler's.
+    head has its sampler's. confidence: whether the sampler adds how probable each choice was, (B, T), by the name of
+    `varkit.plans.base.CONFIDENCE`.
     """
 
     step: Step
@@ -37,6 +38,7 @@ class Ask:
     pick: Callable[[Tensor, "Ask"], dict[str, Tensor]] | None = None
     fed: dict[str, Tensor] = field(default_factory=dict)
     temperature: float | Tensor = 1.0
+    confidence: bool = False
 
 
 class Head(nn.Module, ABC):

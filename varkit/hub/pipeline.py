@@ -32,6 +32,7 @@ from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
 from varkit.plans.ratios import sized
+from varkit.plans.refined import RefinedConfig, parse_counts
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule
 from varkit.tokenizers.tiled import set_tile
@@ -120,6 +121,16 @@ class Pipeline:
         other = Pipeline(parts, configs, self.settings, self.about)
         other.how = self.how
         return other
+
+    def refined(self, counts: str) -> "Pipeline":
+        """The same model with other steps within scales, where it refines them: "2:1,3 3:1,1,2,5", or "none".
+
+        Raises `UserError` for a model that does not refine, and for counts that do not make up a scale.
+        """
+        plan = self.configs["plan"]
+        if not isinstance(plan, RefinedConfig):
+            raise UserError("this model does not refine its scales; leave the refinement out, or use an HMAR")
+        return self.over(replace(plan, counts=parse_counts(counts, Schedule.parse(plan.schedule))))
 
     def with_text(self, source: TextSource, tokens: int | None = None) -> "Pipeline":
         """The same model, where it takes features of words, reading words by a text encoder or a file of embeddings.

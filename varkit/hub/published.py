@@ -14,16 +14,19 @@ from torch import Tensor
 
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath, atomic_folder
+from varkit.generators.hmar import HMARConfig
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.m_var import MVarConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.var import VARConfig
 from varkit.hub import (
+    hmar,
     infinity,
     llamagen,
     m_var,
     mar,
+    published_hmar,
     published_infinity,
     published_llamagen,
     published_m_var,
@@ -51,7 +54,7 @@ OTHERS: dict[str, str] = {
 class Family:
     """How a family's checkpoints are told, read and written. tokenizer, generator: files that users may look for.
 
-    borrows: the family whose tokenizer it uses, if not its own.
+    shares: the family whose tokenizer it takes, if it has none of its own.
     """
 
     states: Callable[[Mapping[str, Any]], dict[str, State]]
@@ -60,13 +63,17 @@ class Family:
     config: type
     tokenizer: str
     generator: str
-    borrows: str | None = None
+    shares: str = ""
 
 
 FAMILIES = {
     "MAR": Family(
         mar.checkpoint_states, published_mar.pipeline, published_mar.files, MARConfig,
         published_mar.TOKENIZER_FILE, published_mar.GENERATOR_FILE,
+    ),
+    "HMAR": Family(
+        hmar.checkpoint_states, published_hmar.pipeline, published_hmar.files, HMARConfig,
+        "vae_ch160v4096z32.pth", "hmar-d16.pth", shares="VAR",
     ),
     "Infinity": Family(
         infinity.checkpoint_states, published_infinity.pipeline, published_infinity.files, InfinityConfig,
@@ -78,7 +85,7 @@ FAMILIES = {
     ),
     "M-VAR": Family(
         m_var.checkpoint_states, published_m_var.pipeline, published_m_var.files, MVarConfig,
-        "vae_ch160v4096z32.pth", "d16.pth", borrows="VAR",
+        "vae_ch160v4096z32.pth", "d16.pth", shares="VAR",
     ),
     "VAR": Family(
         var.checkpoint_states, published_var.pipeline, published_var.files, VARConfig,
@@ -148,7 +155,7 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
             given = ", ".join(repr(str(path)) for path in paths) or "nothing"
             example = getattr(FAMILIES[next(iter(families.values()), "VAR")], what)
             raise UserError(f"no {what} is in {given}; give its file too, such as {example}")
-    if families["tokenizer"] not in (families["generator"], FAMILIES[families["generator"]].borrows):
+    if families["tokenizer"] not in (families["generator"], FAMILIES[families["generator"]].shares):
         raise UserError(
             f"the tokenizer is {families['tokenizer']}'s and the generator {families['generator']}'s; give the "
             "tokenizer that the generator was trained with"
@@ -159,7 +166,7 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
 def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
     """The family of a file, and the parts in it."""
     checkpoint: Mapping[str, Any] = read_checkpoint(path, mapped)
-    for name in ("MAR", "Infinity", "LlamaGen"):
+    for name in ("MAR", "Infinity", "LlamaGen", "HMAR"):
         if states := FAMILIES[name].states(checkpoint):
             return name, _checked(states, path)
     for wrapper in WRAPPERS:

@@ -16,6 +16,7 @@ from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.hub.states import State
 from varkit.plans.scales import ScalesConfig
+from varkit.plans.schedule import Side
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 
 SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
@@ -50,7 +51,7 @@ def pipeline(
     """The parts of a published generator and tokenizer."""
     config, head = layout.configs(generator)
     told = var.tokenizer_config(tokenizer, config.schedule)
-    _check_pair(told, config, head.vocab_size)
+    check_pair(told, config, head.vocab_size)
     plan = ScalesConfig(config.schedule, history=layout.history)
     configs = {"tokenizer": told, "generator": config, "head": head, "plan": plan}
     states = dict(zip(("generator", "head"), layout.read(generator), strict=True))
@@ -77,7 +78,8 @@ def files(pipeline: Pipeline, layout: Layout = VAR) -> Files:
     }
 
 
-def _check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size: int) -> None:
+def check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size: int) -> None:
+    """Raise `UserError` for a tokenizer whose codes are not those of the generator."""
     for what, theirs, ours in (
         ("code width", tokenizer.code_channels, generator.code_width),
         ("number of codes", tokenizer.vocab_size, vocab_size),
@@ -99,7 +101,11 @@ def _check_expressible(
     check_told("generator", own, told)
     check_told("plan", configs["plan"], ScalesConfig(told.schedule, history=layout.history))
     check_told("head", configs["head"], replace(told_head, init_scale=configs["head"].init_scale))
-    own = configs["tokenizer"]
-    told_tokenizer = replace(var.tokenizer_config(tokenizer, told.schedule), beta=own.beta)
-    check_told("tokenizer's convolutions", own.conv, told_tokenizer.conv)
-    check_told("tokenizer", own, told_tokenizer)
+    check_tokenizer(configs["tokenizer"], tokenizer, told.schedule)
+
+
+def check_tokenizer(own: MultiScaleVQConfig, published: State, schedule: tuple[Side, ...]) -> None:
+    """Raise `UserError` unless the published shapes tell the tokenizer's own configuration."""
+    told = replace(var.tokenizer_config(published, schedule), beta=own.beta)
+    check_told("tokenizer's convolutions", own.conv, told.conv)
+    check_told("tokenizer", own, told)

@@ -16,6 +16,7 @@ PARTS: dict[str, str] = {
     "KL": "varkit.tokenizers.kl:KLConfig",
     "VAR": "varkit.generators.var:VARConfig",
     "M-VAR": "varkit.generators.m_var:MVarConfig",
+    "HMAR": "varkit.generators.hmar:HMARConfig",
     "Infinity": "varkit.generators.infinity:InfinityConfig",
     "LlamaGen": "varkit.generators.llamagen:LlamaGenConfig",
     "MAR": "varkit.generators.mar:MARConfig",
@@ -25,6 +26,7 @@ PARTS: dict[str, str] = {
     "DiffusionHead": "varkit.heads.diffusion:DiffusionConfig",
     "LogisticMixtureHead": "varkit.heads.logistic_mixture:LogisticMixtureConfig",
     "scales": "varkit.plans.scales:ScalesConfig",
+    "refined": "varkit.plans.refined:RefinedConfig",
     "raster": "varkit.plans.raster:RasterConfig",
     "masked": "varkit.plans.masked:MaskedConfig",
 }

@@ -37,6 +37,12 @@ def _dropbox(place: str) -> str:
 
 RELEASED = {
     "FoundationVision/var": Repository({f"d{depth}": _var(depth) for depth in (16, 20, 24, 30, 36)}),
+    "nvidia/HMAR": Repository(
+        {f"hmar-d{depth}": ("vae_ch160v4096z32.pth", f"hmar-d{depth}.pth") for depth in (16, 20, 24, 30)},
+        {
+            "vae_ch160v4096z32.pth": "https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth"
+        },
+    ),
     "FoundationVision/LlamaGen": Repository(
         {
             f"c2i_{size}": ("vq_ds16_c2i.pt", f"c2i_{size}.pt")

@@ -22,6 +22,7 @@ from varkit.hub.fill import filled_state
 from varkit.hub.states import State
 
 FAMILIES: dict[str, str] = {
+    "hmar": "varkit.hub.verify_hmar:verify",
     "infinity": "varkit.hub.verify_infinity:verify",
     "llamagen": "varkit.hub.verify_llamagen:verify",
     "m_var": "varkit.hub.verify_m_var:verify",
@@ -85,9 +86,11 @@ class Case:
             value = value[key]
         return value
 
-    def state(self, key: str) -> State:
-        """The published state dict listed under `key`, regenerated; without what its constructor makes."""
-        return filled_state(self.entry(key), self.entry("seed"), self.entry("not_filled"))
+    def state(self, key: str, after: int = 0) -> State:
+        """The published state dict listed under `key`, regenerated; without what its constructor makes.
+
+        after: added to the case's seed, where states of the same names are to differ."""
+        return filled_state(self.entry(key), self.entry("seed") + after, self.entry("not_filled"))
 
     def input(self, name: str) -> Tensor:
         """An array given to the model."""

@@ -5,7 +5,7 @@ plan is asked afresh each time instead of holding an iterator. Legend: B samples
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,16 +17,20 @@ from varkit.plans.step import Step
 if TYPE_CHECKING:
     from varkit.decode.state import State
 
+CONFIDENCE = "confidence"
+"""The name of a choice's probability among the values of a step; a plan may want it, a canvas never does."""
+
 
 class Plan(ABC):
     """The order in which a generator feeds and settles positions.
 
     slots: cache addresses in all, or None when unbounded. segments: names of the sequence's parts, indexed by
-    `Slots.segment`.
+    `Slots.segment`. by_confidence: `settle` wants to know how sure the sampler is of what it chose.
     """
 
     slots: int | None = None
     segments: tuple[str, ...] = ("target",)
+    by_confidence: bool = False
 
     @abstractmethod
     def next_step(self, state: "State") -> Step | None:
@@ -36,9 +40,28 @@ class Plan(ABC):
     def finished(self, state: "State") -> Tensor:
         """(B,) bool: samples for which no step is left."""
 
+    def settle(self, step: Step, values: Mapping[str, Tensor], state: "State") -> Step:
+        """The step, with `reveal` as what was drawn, values (B, T, ...), decides: for orders that commit what is sure.
+
+        With `by_confidence` the values have `CONFIDENCE` (B, T), the probability of each choice.
+        """
+        return step
+
     def progress(self, at: Tensor) -> Tensor:
         """Steps taken before (any shape, int64) -> how far along, in [0, 1], for schedules of guidance and the like."""
         return torch.zeros(at.shape)
+
+
+def together(steps: Iterable[Step | None]) -> Step | None:
+    """One step for samples that are each at a step of their own, None for one that is done; None when all are.
+
+    Samples whose step is of another kind than the first one's wait for theirs.
+    """
+    taken = list(steps)
+    first = next((s for s in taken if s is not None), None)
+    if first is None:
+        return None
+    return collate([s if s is not None and s.kind == first.kind else None for s in taken])
 
 
 class StaticPlan(Plan):
@@ -49,20 +72,10 @@ class StaticPlan(Plan):
 
     def next_step(self, state: "State") -> Step | None:
         cursors = state.cursor.tolist()
-        taken = [
+        return together(
             self.steps[c] if c < len(self.steps) and not f else None
             for c, f in zip(cursors, state.finished.tolist(), strict=True)
-        ]
-        kinds = {(s.route, s.writes) for s in taken if s is not None}
-        if not kinds:
-            return None
-        if len(kinds) > 1:  # samples at steps of another kind wait for theirs
-            first = next(s for s in taken if s is not None)
-            taken = [
-                s if s is not None and (s.route, s.writes) == (first.route, first.writes) else None
-                for s in taken
-            ]
-        return collate(taken)
+        )
 
     def finished(self, state: "State") -> Tensor:
         return state.cursor >= len(self.steps)

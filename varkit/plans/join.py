@@ -22,7 +22,7 @@ def pack(steps: Sequence[Step]) -> Step:
     between has overwritten them; steps that see nothing of each other are kept `Apart`, without a mask. Visibility of
     what was cached before the pack is the whole past, unless a step narrows it.
     """
-    assert len({s.route for s in steps}) == 1, (
+    assert len({(s.route, s.guided) for s in steps}) == 1, (
         "steps of different routes have different heads and cannot be packed"
     )
     starts = _running([len(s.feed) for s in steps])
@@ -56,21 +56,20 @@ def pack(steps: Sequence[Step]) -> Step:
         turn=turns(lambda s: s.target, lambda s: s.turn),
         turns=sum(s.turns for s in steps),
         carries=all(s.writes or s.carries for s in steps),
+        guided=steps[0].guided,
     )
 
 
 def collate(steps: Sequence[Step | None]) -> Step:
     """One step for a batch whose samples each take a shared (1-D) step of their own; None for a sample that is done.
 
-    All steps must agree on `writes`, `carries`, `route` and `turns` (a caller groups samples that do not).
+    All steps must agree on their `kind` and on `turns` (a caller groups samples that do not).
     """
     first = next(s for s in steps if s is not None)
     if all(s is first for s in steps):
         return first
     rows = [_idle(first) if s is None else s for s in steps]
-    assert len({(s.writes, s.carries, s.route, s.turns) for s in rows}) == 1, (
-        "steps of different kinds cannot be collated"
-    )
+    assert len({(s.kind, s.turns) for s in rows}) == 1, "steps of different kinds cannot be collated"
     feeds = [s.feed for s in rows]
     timed, turned = any(f.time is not None for f in feeds), any(f.turn is not None for f in feeds)
     feed = Slots(

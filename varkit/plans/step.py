@@ -122,7 +122,8 @@ class Step:
     targets committed now (the others stay provisional). writes: whether the fed slots enter the cache. carries: whether
     recurrent layers go on from them even so, as where no later step sees them (those of steps that write always do).
     route: name of the head (and of the generator's blocks) that serves this step. turn: in a pack, which of its steps a
-    target belongs to (None: the first); turns: how many steps it stands for.
+    target belongs to (None: the first); turns: how many steps it stands for. guided: whether guidance applies; a step
+    without it is evaluated for the first condition branch alone, and so must not write or carry.
     """
 
     feed: Slots
@@ -135,6 +136,7 @@ class Step:
     turn: Tensor | None = None
     turns: int = 1
     carries: bool = False
+    guided: bool = True
 
     @classmethod
     def of(cls, feed: Slots, target: Tensor, read: Tensor | None = None, **rest) -> "Step":
@@ -142,6 +144,11 @@ class Step:
         read = torch.arange(target.shape[-1]).expand(target.shape) if read is None else read
         rest.setdefault("reveal", torch.ones_like(target, dtype=torch.bool))
         return cls(feed, target, read, **rest)
+
+    @property
+    def kind(self) -> tuple[str, bool, bool, bool]:
+        """What samples must agree on to take their steps together."""
+        return self.route, self.writes, self.carries, self.guided
 
     @cached_property
     def reads_all(self) -> bool:

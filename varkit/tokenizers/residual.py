@@ -91,6 +91,11 @@ class ResidualQuantizer(nn.Module, ABC):
     def next_input(self, f_hat: Tensor, level: int, schedule: Schedule) -> Tensor:
         """What a generator is fed at `level`: the sum of the levels before it, (B, n, D)."""
 
+    def own_input(self, codes: Tensor, level: int, schedule: Schedule) -> Tensor:
+        """What a level adds to the sum, at its own grid: codes (B, n, D) -> (B, n, D), for models that see it."""
+        alone = self.accumulate(self.zeros(len(codes), schedule), level, codes, schedule)
+        return self.next_input(alone, level, schedule)
+
     @abstractmethod
     def missing(self, rest: Tensor, level: int, schedule: Schedule) -> Tensor:
         """The features that are not yet there, (B, D, h, w), at a level's grid: (B, n, D)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 TABLES = {
     "position", "level", "start", "log_scale", "modulation_offset", "embedding", "query", "null_features",
+    "mask_embed",
 }  # fmt: skip
 WARMUP_FROM = 0.005
 DECAY_SHARE = 0.2

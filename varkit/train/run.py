@@ -26,7 +26,7 @@ from varkit.tokenizers.base import Tokenizer
 from varkit.tokenizers.kl import KL
 from varkit.tokenizers.residual import QuantizedTokenizer
 from varkit.train.generator_task import Forced, NextStepTask
-from varkit.train.lessons import WholePlan
+from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.progressive import Progressive
 from varkit.train.recipes import Recipe
@@ -118,12 +118,18 @@ def train_recipe(
     source = held_out if held_out.size != 0 else train_part
     count = HELD_OUT if source.size is None else min(HELD_OUT, source.size)
     validation = _encoded(tokenizer, source, count, root / "tokens-validation")
-    pipeline, result = _train_generator(request, recipe, tokenizer, tokens, validation, root, 1 - share, say)
+    further = recipe.generator.further
+    left = (1 - share) * (1 - further.share if further else 1)
+    pipeline, result = _train_generator(request, recipe, tokenizer, tokens, validation, root, left, say)
+    metrics = dict(result.metrics)
+    if further is not None:
+        data = (tokens, validation)
+        metrics |= _train_further(request, recipe, pipeline, data, root, (1 - share) * further.share, say)
     pipeline.about = {
         "recipe": recipe.name,
         "request": asdict(request),
         "steps": result.step,
-        "metrics": result.metrics,
+        "metrics": metrics,
     }
     if ranks.first:
         pipeline.save(root / "model", replace=True)
@@ -240,25 +246,14 @@ def _train_generator(
         return Pipeline(parts, {"tokenizer": tokenizer.config} | configs, part.settings)
 
     pipeline = assembled()
-    generator, head, plan = pipeline.generator, pipeline.model.heads["main"], pipeline.model.plan
-    lessons = part.teach(tokenizer, plan)
-    settings = {
-        "recipe": recipe.name,
-        "generator": to_json(configs["generator"]),
-        "batch_size": part.batch_size,
-        "pictures": len(tokens),
-        "lessons": lessons.settings,
-    }
-    task = NextStepTask(
-        Forced(tokenizer, generator, head, plan, lessons), tokens, held_out, request.micro_batch(part.batch_size),
-        settings, request.seed, part.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
-    )  # fmt: skip
+    lessons = part.teach(tokenizer, pipeline.model.plan)
+    task = _task(request, recipe, pipeline, (tokens, held_out), lessons, part.batch_size)
     say("training the generator")
     train_config = request.apply(part.train, share)
     if part.progressive:
         train_config = _with_steps(task, train_config, root / "generator")
         assert isinstance(lessons, WholePlan), "only whole plans grow scale by scale"
-        settings["progressive_steps"] = train_config.steps  # what was done depends on the end
+        task.recipe["progressive_steps"] = train_config.steps  # what was done depends on the end
         lessons.progressive = Progressive.over(len(lessons.plan.steps), train_config, part.progressive)
     result = _stage(task, train_config, root / "generator", request.shard)
     averaged = load_run(root / "generator")
@@ -267,6 +262,59 @@ def _train_generator(
     pipeline.generator.load_state_dict(averaged["generator"])
     pipeline.model.heads["main"].load_state_dict(averaged["head"])
     return pipeline, result
+
+
+def _train_further(
+    request: Request,
+    recipe: Recipe,
+    pipeline: Pipeline,
+    data: tuple[Tokens, Tokens],
+    root: Path,
+    share: float,
+    say: Say,
+) -> dict[str, float]:
+    """Train the pipeline's generator on, in place; the validation's metrics, named after the stage."""
+    part = recipe.generator.further
+    assert part is not None
+    generator, heads = pipeline.generator, pipeline.model.heads
+    trained = {id(p) for p in part.begin(generator, heads["main"], heads[part.route])}
+    for parameter in generator.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    lessons = part.teach(pipeline.tokenizer, pipeline.model.plan)
+    task = _task(request, recipe, pipeline, data, lessons, part.batch_size, part.route)
+    say(f"training further: {part.name}")
+    result = _stage(task, request.apply(part.train, share), root / part.name, request.shard)
+    averaged = load_run(root / part.name)
+    generator.load_state_dict(averaged["generator"])
+    heads[part.route].load_state_dict(averaged["head"])
+    generator.requires_grad_(True)
+    return {f"{part.name}_{name}": value for name, value in result.metrics.items()}
+
+
+def _task(
+    request: Request,
+    recipe: Recipe,
+    pipeline: Pipeline,
+    data: tuple[Tokens, Tokens],
+    lessons: Lessons,
+    batch_size: int,
+    route: str = "main",
+) -> NextStepTask:
+    """What the trainer is given for a route of the pipeline, over tokens for training and held-out ones."""
+    tokens, held_out = data
+    settings = {
+        "recipe": recipe.name,
+        "generator": to_json(pipeline.configs["generator"]),
+        "batch_size": batch_size,
+        "pictures": len(tokens),
+        "lessons": lessons.settings,
+    }
+    model = pipeline.model
+    parts = Forced(pipeline.tokenizer, pipeline.generator, model.heads[route], model.plan, lessons)
+    return NextStepTask(
+        parts, tokens, held_out, request.micro_batch(batch_size), settings, request.seed,
+        recipe.generator.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
+    )  # fmt: skip
 
 
 def _with_steps(task: NextStepTask, config: TrainConfig, folder: Path) -> TrainConfig:

@@ -46,10 +46,13 @@ class FullCache(Cache):
         return sum(t.numel() * t.element_size() for t in held) + self.carried.nbytes
 
     def open(self, step: Step, at: Tensor) -> "FullCache":
+        assert step.guided or not (step.writes or step.carries), (
+            "a step of one branch would leave the others behind"
+        )
         self._step, self._at = step, at
         self.carried.open(step, at)
         alone = step.sees.no_past and not step.writes and step.feed.valid is None
-        self._alone = Packed.of(step, self.branches) if alone else None
+        self._alone = Packed.of(step, self.branches if step.guided else 1) if alone else None
         if alone:
             return self
         span = step.feed.span
@@ -84,7 +87,8 @@ class FullCache(Cache):
             a, b = self._step.feed.span or (0, 0)
             keys[:, :, a:b], values[:, :, a:b] = k, v
             return [View(keys[:, :, :b], values[:, :, :b], self._mask)]
-        past_k, past_v = keys[:, :, : self._held], values[:, :, : self._held]
+        # A step of the first branch alone sees that branch's past.
+        past_k, past_v = keys[: len(k), :, : self._held], values[: len(k), :, : self._held]
         view = View(torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), self._mask)
         if self._step.writes:
             self._write(keys, k)
@@ -249,7 +253,9 @@ class FullCache(Cache):
 
     def _per_branch(self, mask: Tensor) -> Tensor:
         """(L, S) as it is, (B, L, S) repeated for each branch as (N, 1, L, S)."""
-        return mask if mask.ndim == 2 else mask[:, None].repeat(self.branches, 1, 1, 1)
+        assert self._step is not None
+        branches = self.branches if self._step.guided else 1
+        return mask if mask.ndim == 2 else mask[:, None].repeat(branches, 1, 1, 1)
 
 
 def _padded(table: Tensor, size: int, value: float, dim: int) -> Tensor:

@@ -1,8 +1,10 @@
 """A recipe: everything that makes a model from pictures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from varkit.generators.base import GeneratorConfig
 from varkit.hub.pipeline import Settings
@@ -33,12 +35,30 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True)
+class FurtherRecipe:
+    """How a trained generator is trained further, as a stage of its own, over the same tokens.
+
+    begin(generator, head, head of `route`) makes ready and returns what of the generator is trained, beside that head;
+    everything else is frozen. share: part of the generator's `--minutes` that it gets.
+    """
+
+    name: str
+    route: str
+    begin: Callable[[Any, Any, Any], Iterable[Tensor]]
+    teach: Callable[[Any, Any], Lessons]
+    train: TrainConfig
+    batch_size: int = 64
+    share: float = 0.3
+
+
+@dataclass(frozen=True)
 class GeneratorRecipe:
     """How the generator is built and trained, and over how many encoded pictures.
 
     progressive: the part of the run by which all scales have joined (VAR's progressive training); 0 trains all at once.
     teach(tokenizer, plan) makes the lessons. settings: how the model samples by default.
-    parts: configurations in place of the head or plan that the generator has by default, by name.
+    parts: configurations in place of the head or plan that the generator has by default, by name. further: a second
+    stage.
     """
 
     config: GeneratorConfig
@@ -50,6 +70,7 @@ class GeneratorRecipe:
     teach: Callable[[Any, Any], Lessons] = WholePlan
     settings: Settings = Settings()
     parts: Mapping[str, Any] = field(default_factory=dict)
+    further: FurtherRecipe | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,438 @@
+"""HMAR (arXiv 2506.04421): the sheet's exact checks, and what refinement promises."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from tests.contracts import CASES, PYRAMID, Case, drawn, start, true_latents
+from tests.models import tiny_recipe
+from tests.test_contracts import filled, force
+from varkit.canvases.grid import GridCanvas
+from varkit.catalog.experiment import Subject
+from varkit.catalog.harness import find_experiment
+from varkit.catalog.measures import EVALUATIONS
+from varkit.catalog.models import Trained
+from varkit.data.registry import open_dataset
+from varkit.decode.cache.full import FullCache
+from varkit.decode.loop import Model, advance, decode, run
+from varkit.decode.state import State
+from varkit.draws import Draws
+from varkit.edit.inpaint import start_inpaint
+from varkit.errors import UserError
+from varkit.generators.base import Generator
+from varkit.generators.hmar import HMARConfig
+from varkit.generators.var import VARConfig
+from varkit.heads.base import Head
+from varkit.hub.pipeline import Settings, load
+from varkit.nn.attention import Packed
+from varkit.plans.base import CONFIDENCE
+from varkit.plans.refined import MASK, RefinedConfig, RefinedPlan, coarse_counts
+from varkit.plans.scale_weights import scale_weights, token_weights
+from varkit.plans.scales import ScalesConfig
+from varkit.plans.schedule import Schedule
+from varkit.train.loop import load_run
+from varkit.train.masked_scales import FirstGuesses, MaskedScales
+from varkit.train.objective import NextStepLoss
+from varkit.train.recipes import digit_scales, hmar_digits
+from varkit.train.run import Request, train_recipe
+from varkit.train.task import TrainConfig
+
+REFINED = CASES["hmar-refined"]
+BATCH = 3
+PUBLISHED = Schedule.of(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+def with_plan(case: Case, **plan) -> tuple[nn.Module, Model]:
+    """The case's tokenizer and model over another plan."""
+    tokenizer, model = case.build()
+    return tokenizer, replace(model, plan=RefinedConfig(PYRAMID, **plan).build())
+
+
+def test_block_diagonal_training_equals_steps_without_a_cache():
+    tokenizer, model = REFINED.build()
+    scales = model.plan.scales
+    latents = true_latents(tokenizer, model, BATCH)
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    each = force(replace(model, plan=scales), state, latents)
+    whole = scales.training_step()
+    with torch.no_grad():
+        fed = filled(tokenizer, latents).feed(whole.feed)
+        h = model.generator(fed, whole, state.prepared, Packed.of(whole, branches=2))
+    assert torch.allclose(h, torch.cat(each, dim=1), atol=1e-5) and state.cache.nbytes == 0
+
+
+def test_masked_training_equals_the_refining_steps_of_decoding():
+    """The same drafts, masks and true context through one packed step, and scale by scale as decoding takes them."""
+    tokenizer, model = with_plan(REFINED, counts=((1,), (1, 3), (2, 2, 2)), guided=True)
+    plan, schedule = model.plan, model.plan.schedule
+    latents = true_latents(tokenizer, model, BATCH)
+    masked = MaskedScales(tokenizer, plan).masked(BATCH, 0.4, torch.Generator().manual_seed(3))
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    canvas, packed = filled(tokenizer, latents), plan.masked(masked)
+    with torch.no_grad():
+        window = Packed.of(packed, branches=2)
+        at_once = model.generator(canvas.feed(packed.feed), packed, state.prepared, window)
+        known = torch.ones(BATCH, schedule.total, dtype=torch.bool).scatter(1, masked, False)
+        for level in range(1, len(schedule)):
+            here = slice(schedule.offsets[level], schedule.offsets[level + 1])
+            left = int((~known[0, here]).sum())
+            step = plan.refining(plan.scales.steps[level], known[:, here], left, 1)
+            inside = masked[(masked >= here.start) & (masked < here.stop)].view(BATCH, -1)
+            assert torch.equal(step.target.sort().values, inside.sort().values)
+            h = model.generator(canvas.feed(step.feed), step, state.prepared, Packed.of(step, branches=2))
+            assert torch.allclose(h, at_once[:, here], atol=1e-5)
+
+
+def test_counts_of_whole_scales_draw_what_next_scale_prediction_draws():
+    tokenizer, model = with_plan(REFINED)
+    assert isinstance(model.plan, RefinedPlan) and model.plan.evaluations == len(PYRAMID)
+    ours = run(model, start(tokenizer, model, REFINED.conditions(BATCH)))
+    plain = replace(model, plan=ScalesConfig(PYRAMID, history=0).build())
+    theirs = run(plain, start(tokenizer, plain, REFINED.conditions(BATCH)))
+    assert torch.equal(drawn(ours), drawn(theirs)) and torch.equal(ours.canvas.f_hat, theirs.canvas.f_hat)
+
+
+@st.composite
+def compositions(draw, schedule: Schedule) -> tuple[tuple[int, ...], ...]:
+    """Counts for each level of a schedule."""
+    counts = [(schedule.lengths[0],)]
+    for n in schedule.lengths[1:]:
+        cuts = sorted(draw(st.sets(st.integers(1, n - 1), max_size=4)))
+        counts.append(tuple(b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)))
+    return tuple(counts)
+
+
+@settings(derandomize=True, deadline=None, max_examples=6)
+@given(compositions(Schedule.parse(PYRAMID)), st.booleans())
+def test_every_schedule_of_counts_settles_each_position_once(counts, guided):
+    tokenizer, model = with_plan(REFINED, counts=counts, guided=guided)
+    plan, schedule = model.plan, model.plan.schedule
+    assert [sum(own) for own in plan.counts] == list(schedule.lengths)
+    assert plan.evaluations == sum(map(len, counts))
+    state = start(tokenizer, model, REFINED.conditions(2))
+    kept, expected = None, 0
+    for at, _ in enumerate(decode(model, state)):
+        level, turn = plan.order[at]
+        expected += counts[level][turn]
+        known, ids = state.canvas.known, drawn(state)
+        assert known.sum(dim=1).tolist() == [expected] * 2
+        assert not bool(known[:, schedule.offsets[level + 1] :].any())
+        if kept is not None:
+            before, old = kept
+            assert bool(known[before].all()) and torch.equal(ids[before], old[before])
+        kept = known.clone(), ids.clone()
+    assert bool(state.canvas.known.all())
+    rebuilt = filled(tokenizer, {"ids": drawn(state)}).f_hat
+    assert torch.allclose(state.canvas.f_hat, rebuilt, atol=1e-6)
+
+
+def test_the_least_confident_are_drawn_again():
+    tokenizer, model = with_plan(REFINED, counts=((1,), (1, 3), (2, 4)))
+    seen = []
+
+    def watch(step, values, state):
+        seen.append((step, values[CONFIDENCE].clone()))
+        return values
+
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    state.options = replace(state.options, override=watch)
+    run(model, state)
+    for (first, sure), (again, _) in zip(seen, seen[1:], strict=False):
+        if again.route != MASK:
+            continue
+        target, left = first.target.expand(BATCH, -1), again.target.shape[1]
+        least = target.gather(1, sure.argsort(dim=1, stable=True)[:, :left])
+        assert torch.equal(least.sort().values, again.target.sort().values)
+        masked = again.feed.time.bool()
+        assert torch.equal(
+            again.feed.ids.expand(BATCH, -1)[masked].view(BATCH, -1), again.target.sort().values
+        )
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_refining_without_guidance_skips_the_unconditional_half(guided):
+    tokenizer, model = with_plan(REFINED, counts=((1,), (1, 3), (2, 4)), guided=guided)
+    rows, progress = set(), {}
+
+    def port(h, step, prepared):
+        rows.add((step.route, len(h)))
+        return h
+
+    def combine(branches, at):
+        progress.setdefault(len(branches), []).append(at.unique().item())
+        return branches[0]
+
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    state.options = replace(state.options, ports={("block", 0): port}, combine=combine)
+    run(model, state)
+    assert rows == {("main", 2 * BATCH), (MASK, 2 * BATCH if guided else BATCH)}
+    thirds = pytest.approx([0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1] if guided else [0, 1 / 3, 2 / 3, 1])
+    assert progress[2] == thirds, "a refining step has its scale's guidance, or none"
+
+
+def test_loss_weights_are_the_published_ones():
+    published = [0.0247, 0.0642, 0.1150, 0.1379, 0.1402, 0.1329, 0.1208, 0.1054, 0.0882, 0.0709]
+    found = scale_weights("lognorm", PUBLISHED)
+    assert torch.allclose(found, torch.tensor(published, dtype=torch.float64), atol=5e-5)
+    for kind in ("lognorm", "equal", "none"):
+        each = token_weights(kind, PUBLISHED)
+        assert each.sum().item() == pytest.approx(1, abs=1e-12) and len(each) == 680
+        assert torch.allclose(
+            torch.stack([p.sum() for p in each.split(PUBLISHED.lengths)]), scale_weights(kind, PUBLISHED)
+        )
+    assert torch.allclose(token_weights("none", PUBLISHED), torch.full((680,), 1 / 680, dtype=torch.float64))
+    with pytest.raises(UserError, match="lognormal"):
+        scale_weights("lognormal", PUBLISHED)
+
+
+def test_the_training_loss_is_the_weighed_sum():
+    tokenizer, model = REFINED.build()
+    latents, condition = true_latents(tokenizer, model, BATCH), {"label": torch.arange(BATCH)}
+    objective = NextStepLoss(model.generator, model.heads["main"], condition_drop=0.0)
+    lesson = FirstGuesses(tokenizer, model.plan).lesson(latents, 0)
+    with torch.no_grad():
+        losses = objective.losses(lesson, condition)
+        expected = (losses * token_weights("lognorm", model.plan.schedule)).sum(dim=1).mean()
+        assert objective(lesson, condition).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(st.floats(0, 1), st.integers(0, 9))
+def test_masks_cover_each_scale_but_the_first_alike(share, seed):
+    tokenizer, model = REFINED.build()
+    schedule = model.plan.schedule
+    masked = MaskedScales(tokenizer, model.plan).masked(4, share, torch.Generator().manual_seed(seed))
+    for row in masked:
+        counted = torch.bincount(schedule.level_of[row], minlength=len(schedule)).tolist()
+        assert counted == [0, *(max(1, -int(-share * n // 1)) for n in schedule.lengths[1:])]
+        assert len(row.unique()) == len(row)
+
+
+def test_masks_differ_between_samples_and_held_out_ones_never():
+    tokenizer, model = REFINED.build()
+    lessons = MaskedScales(tokenizer, model.plan)
+    latents = true_latents(tokenizer, model, 4)
+    half = lessons.masked(4, 0.5, torch.Generator().manual_seed(0))
+    assert not torch.equal(half[0].sort().values, half[1].sort().values)
+    assert torch.equal(lessons.lesson(latents).step.target, lessons.lesson(latents).step.target)
+
+
+def test_masked_tokens_are_hidden_from_their_own_place_alone():
+    """A masked code reaches its neighbours through bicubic and phi, as published, and its own row not at all."""
+    tokenizer, model = REFINED.build()
+    masked = torch.tensor([[5 + 2]])
+    latents = true_latents(tokenizer, model, 1)
+    changed = {"ids": latents["ids"].clone()}
+    changed["ids"][0, 7] = (changed["ids"][0, 7] + 1) % 24
+    step = model.plan.masked(masked)
+    with torch.no_grad():
+        rows = [
+            model.generator.shown(filled(tokenizer, x).feed(step.feed), step)[0, 5:11]
+            for x in (latents, changed)
+        ]
+    differs = (rows[0] != rows[1]).any(dim=-1)
+    assert not bool(differs[2]) and bool(differs.any())
+
+
+def test_the_refining_branch_starts_as_the_other():
+    tokenizer, model = REFINED.build()
+    generator = model.generator
+    trained = generator.branch_off()
+    names = {id(p) for p in trained}
+    assert {n.partition(".")[0] for n, p in generator.named_parameters() if id(p) in names} == {
+        "mask_blocks", "mask_modulation", "mask_embed",
+    }  # fmt: skip
+    for mine, other in zip(
+        generator.mask_blocks.parameters(), generator.main_blocks.parameters(), strict=True
+    ):
+        assert torch.equal(mine, other) and mine is not other
+
+
+def test_memory_between_steps_does_not_grow_with_scales():
+    """Nothing is cached, whatever the number of scales; VAR's cache grows with every one."""
+    held = {}
+    for name in ("hmar-refined", "var-class"):
+        case = CASES[name]
+        tokenizer, model = case.build()
+        state = start(tokenizer, model, case.conditions(1))
+        held[name] = [s.cache.nbytes and int((s.cache.written_at >= 0).sum()) for s in decode(model, state)]
+    assert set(held["hmar-refined"]) == {0}
+    assert held["var-class"] == sorted(set(held["var-class"])) and held["var-class"][0] > 0
+
+
+def test_rolled_back_to_the_start_of_a_scale_it_draws_the_same():
+    tokenizer, model = REFINED.build()
+    straight = drawn(run(model, start(tokenizer, model, REFINED.conditions(BATCH))))
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    for _ in range(5):
+        advance(model, state)
+    state.rollback(torch.tensor([3, 1, 5]))
+    assert torch.equal(drawn(run(model, state)), straight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"counts": ((1,), (1, 2))}, "do not make up its 4"),
+        ({"counts": ((1,), (0, 4))}, "do not make up its 4"),
+        ({"counts": ((1,),) * 9}, "9 levels"),
+        ({"history": 1}, "history 1"),
+        ({"noise": -1.0}, "noise -1"),
+    ],
+)
+def test_schedules_that_cannot_be_are_one_line(changes, says):
+    with pytest.raises(UserError, match=says):
+        RefinedConfig(PYRAMID, **changes)
+
+
+def test_the_released_counts():
+    assert coarse_counts(PUBLISHED)[:4] == ((1,), (1, 3), (1, 1, 2, 5), (16,))
+    assert RefinedConfig(PUBLISHED.sides, counts=coarse_counts(PUBLISHED)).build().evaluations == 14
+
+
+class TwoPatterns(Generator):
+    """All zeros or all ones, equally likely, known exactly: each token alone is a coin, and follows those committed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.depth = 2, 1
+
+    def prepare(self, condition):
+        return condition
+
+    def forward(self, fed, step, prepared, window, ports=None):
+        ones = 2.0 * fed["ids"] - 1
+        shown = torch.zeros_like(ones) if step.feed.time is None else ones * (1 - step.feed.time)
+        votes = 9 * shown.sum(dim=1, keepdim=True).expand_as(ones)
+        return torch.stack([-votes, votes], dim=-1)
+
+
+class Given(Head):
+    """What the network gives are the logits."""
+
+    def loss(self, h, targets, draws=None):
+        raise NotImplementedError
+
+    def sample(self, h, ask):
+        return ask.pick(ask.combine(h, ask.progress), ask)
+
+
+def test_refinement_makes_the_tokens_of_a_scale_agree():
+    """Two global patterns of equal probability, known exactly: one shot draws every token by itself, refinement sees
+    what was committed. Agreement of pairs rises at the same weights."""
+    agreement = {}
+    for name, counts in (("one shot", ()), ("four steps", ((1,), (1, 5, 5, 5)))):
+        plan = RefinedConfig((1, 4), counts=counts).build()
+        canvas = GridCanvas.empty(64, 17, {"ids": ((), torch.int64)})
+        state = State.start(canvas, FullCache(64), {"none": torch.zeros(1, 64)}, Draws.start(0, 64))
+        model = Model(plan, TwoPatterns(), {"main": Given(), MASK: Given()})
+        ids = drawn(run(model, state))[:, 1:].float()
+        share = ids.mean(dim=1)
+        agreement[name] = (share**2 + (1 - share) ** 2).mean().item()
+    assert agreement["one shot"] < 0.6 and agreement["four steps"] > 0.9
+
+
+def test_what_editing_keeps_is_committed_first():
+    """Kept tokens are never in doubt: no refining step masks them while others are left to commit."""
+    model = REFINED.pipeline(Settings(guidance=2.0))
+    image = Image.fromarray(np.zeros((8, 12, 3), np.uint8))
+    redraw = np.zeros((8, 12), bool)
+    redraw[:, 6:] = True
+    state = start_inpaint(model, image, redraw, 3, n=2, seed=1)
+    for before in range(model.model.plan.evaluations):
+        level, turn = model.model.plan.order[before]
+        positions = model.schedule.positions(level)
+        advance(model.model, state)
+        keep, known = state.extras["keep"][:, positions], state.canvas.known[:, positions]
+        committed = sum(model.model.plan.counts[level][: turn + 1])
+        assert bool(((known & keep).sum(dim=1) == keep.sum(dim=1).clamp(max=committed)).all())
+
+
+def test_counts_are_changed_by_a_text_and_without_training():
+    model = REFINED.pipeline(Settings(guidance=2.0))
+    finer = model.refined("4x6:6,6,6,6 2:1,1,1,1")
+    assert finer.configs["plan"].counts[-1] == (6, 6, 6, 6) and finer.model.plan.evaluations == 1 + 4 + 1 + 4
+    assert finer.generator is model.generator
+    assert model.refined("none").model.plan.evaluations == len(PYRAMID)
+    assert finer.generate(2, seed=1)[0].tobytes() != model.generate(2, seed=1)[0].tobytes()
+    for text, says in (("2:1,3 x", "'x'"), ("7:49", "no scale is 7x7"), ("4x6:1", "do not make up its 24")):
+        with pytest.raises(UserError, match=says):
+            model.refined(text)
+    with pytest.raises(UserError, match="does not refine"):
+        CASES["var-class"].pipeline(Settings()).refined("none")
+
+
+def tiny_recipe_of_two_stages():
+    """The digits of tests/models.py, for as few steps as can be."""
+    base, recipe = tiny_recipe(), hmar_digits()
+    train, tokens = (
+        TrainConfig(steps=2, validate_every=2),
+        replace(base.tokenizer, train=TrainConfig(steps=1)),
+    )
+    told = {name: getattr(base.generator.config, name) for name in VARConfig.__dataclass_fields__}
+    assert recipe.generator.further is not None
+    further = replace(recipe.generator.further, train=train, batch_size=4)
+    config = HMARConfig(**(told | {"depth": 3}), mask_depth=1)
+    generator = replace(
+        base.generator,
+        config=config,
+        train=train,
+        teach=recipe.generator.teach,
+        further=further,
+        condition_drop=0.0,
+    )
+    return replace(base, name="tiny-hmar", tokenizer=tokens, generator=generator)
+
+
+def test_both_stages_train_and_the_second_leaves_the_first_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("varkit.train.run.HELD_OUT", 8)
+    recipe = tiny_recipe_of_two_stages()
+    request = Request("tiny-hmar", seed=1)
+    train_recipe(request, recipe, open_dataset("digits"), tmp_path / "run", say=lambda text: None)
+    first, model = load_run(tmp_path / "run" / "generator"), load(tmp_path / "run")
+    own, moved = model.generator.state_dict(), ("mask_blocks", "mask_modulation", "mask_embed")
+    for name, tensor in first["generator"].items():
+        assert torch.equal(own[name], tensor) is not name.startswith(moved), name
+    assert all(torch.equal(model.model.heads["main"].state_dict()[n], t) for n, t in first["head"].items())
+    assert not torch.equal(model.model.heads[MASK].out.weight, first["head"]["out.weight"])
+    assert {"loss", "refinement_loss"} <= model.about["metrics"].keys()
+    (tmp_path / "run" / "refinement" / "DONE").unlink()
+    train_recipe(
+        request, recipe, open_dataset("digits"), tmp_path / "run", resume=True, say=lambda text: None
+    )
+    again = load(tmp_path / "run").generator.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+def test_the_recipe_shares_the_bases_steps_between_its_stages():
+    base, recipe = digit_scales().generator, hmar_digits().generator
+    assert recipe.further is not None
+    assert recipe.train.steps + recipe.further.train.steps == base.train.steps
+    assert recipe.config.first_guess() == base.config
+    assert Trained(hmar_digits()).address != Trained(digit_scales()).address
+
+
+def test_the_experiment_is_measured_with_toys(monkeypatch):
+    experiment = find_experiment("hmar")
+    quality, refinement, cost = experiment.parts
+    pipeline = REFINED.pipeline(Settings(guidance=2.0))
+    counted = [EVALUATIONS.measure(Subject(arm.apply(pipeline), 0)) for arm in refinement.arms]
+    assert counted == [4.0, 5.0, 5.0]  # of this pyramid only the 2 x 2 scale is refined
+    functions = cost.metrics[0].measure.__globals__
+    monkeypatch.setitem(functions["SIDES"], 256, (1, 2, 3))
+    monkeypatch.setitem(functions, "ROUNDS", 1)
+    values = {
+        arm.name: {m.name: [m.measure(Subject(pipeline, 0, arm.options))] for m in cost.metrics}
+        for arm in cost.arms[:2]
+    }
+    assert set(values) == {"VAR 256", "HMAR 256"} and all(
+        v > 0 for own in values.values() for (v,) in own.values()
+    )
+    assert values["HMAR 256"]["memory"][0] < values["VAR 256"]["memory"][0]
+    assert "FID" in str(quality.rule)
