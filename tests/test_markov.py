@@ -10,6 +10,7 @@ from tests.test_contracts import filled
 from varkit.decode.loop import decode
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
+from varkit.nn import neighbourhood
 from varkit.nn.attention import Packed
 from varkit.plans.scales import ScalePlan, ScalesConfig, Windows
 from varkit.plans.schedule import Schedule
@@ -25,6 +26,12 @@ def hidden(model, canvas, step: Step, prepared, own=None) -> torch.Tensor:
     window = Packed.of(step) if own is None else Packed(own)
     with torch.no_grad():
         return model.generator(canvas.feed(step.feed), step, prepared, window)
+
+
+@pytest.fixture(params=["tiles", "mask"], autouse=True)
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows attended by tiles, and under the dense mask."""
+    monkeypatch.setattr(neighbourhood, "FEWEST", 0 if request.param == "tiles" else 10**6)
 
 
 def test_a_window_as_large_as_the_grid_is_dense_attention():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varkit.errors import UserError
+from varkit.nn import neighbourhood
 from varkit.nn.attention import Packed, View, attend
 from varkit.nn.neighbourhood import Tiles
 from varkit.plans.join import collate, pack
@@ -28,8 +29,12 @@ def gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_runs_apart_are_as_exact_as_the_dense_mask(dtype: torch.dtype):
+@pytest.mark.parametrize("fewest", [0, neighbourhood.FEWEST])
+def test_runs_apart_are_as_exact_as_the_dense_mask(
+    dtype: torch.dtype, fewest: int, monkeypatch: pytest.MonkeyPatch
+):
     """Outputs and gradients, in bfloat16 by the backward pass of our own, against float64 under the mask."""
+    monkeypatch.setattr(neighbourhood, "FEWEST", fewest)
     torch.manual_seed(0)
     some = (torch.rand(6, 6) < 0.5).fill_diagonal_(True)
     own = Apart.of([(1, "all"), (4, "causal"), (6, some), (5, "all"), (35, Neighbourhood((5, 7), 3))])
@@ -154,9 +159,10 @@ def test_a_tile_of_one_is_the_index_table_and_larger_ones_skip_work():
     area = Neighbourhood((16, 16), 7)
     alone = Tiles.of(area, 1)
     assert torch.equal(alone.keys, area.table()) and alone.mask is None and alone.pairs == 256 * 49
-    for side in (16, 32, 64):
-        tiles = Tiles.of(Neighbourhood((side, side), 7))
-        assert tiles.pairs <= side**4 * min(0.4, 220 / side**2)
+    for side in (24, 32, 64):
+        large = Neighbourhood((side, side), 7)
+        (view,) = Packed(Apart(((side**2, large),))).views(0, *torch.zeros(3, 1, 1, side**2, 2))
+        assert isinstance(view.mask, Tiles) and view.mask.pairs == side**2 * (8 + 7 - 1) ** 2
 
 
 def test_fine_levels_see_windows_of_themselves():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.nn.linear import Linear
-from varkit.nn.neighbourhood import Tiles
+from varkit.nn.neighbourhood import Tiles, worth_tiles
 from varkit.plans.step import Step
 from varkit.plans.visibility import Apart, Neighbourhood, Own, own_mask
 
@@ -98,8 +98,8 @@ class Packed:
 
 
 def _visible(own: Own, length: int) -> Tensor | Tiles | None:
-    """How a run is attended to: tiles for a neighbourhood, else its mask."""
-    return Tiles.of(own) if isinstance(own, Neighbourhood) else own_mask(own, length)
+    """How a run is attended to: by tiles in a large neighbourhood, else under its mask."""
+    return Tiles.of(own) if isinstance(own, Neighbourhood) and worth_tiles(own) else own_mask(own, length)
 
 
 def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
