@@ -115,6 +115,7 @@ class RefinedPlan(Plan):
             read=read,
             reveal=_first(read, commits),
             route=MASK,
+            carries=False,
             guided=self.guided,
         )
 
@@ -130,6 +131,7 @@ class RefinedPlan(Plan):
             reveal=reveal,
             turn=None,
             route=MASK,
+            carries=False,
         )
 
     def settle(self, step: Step, values: Mapping[str, Tensor], state: "State") -> Step:
