@@ -33,6 +33,7 @@ from varkit.plans.raster import RasterConfig
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.frequency import FrequencyVQConfig
 from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.pixels import PixelsConfig, from_levels, to_levels
@@ -125,6 +126,9 @@ _PYRAMID_TOKENIZER = MultiScaleVQConfig(
     ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False),
     vocab_size=24, code_channels=6, schedule=PYRAMID,
 )  # fmt: skip
+_BANDS_TOKENIZER = FrequencyVQConfig(
+    _PYRAMID_TOKENIZER.conv, vocab_size=24, code_channels=6, schedule=PYRAMID
+)
 _BITS = BitwiseConfig(_PYRAMID_TOKENIZER.conv, PYRAMID)
 _GRID_TOKENIZER = VQConfig(
     ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False),
@@ -175,6 +179,7 @@ CASES: dict[str, Case] = {
     "var-plain-attention": _scales(_var(cosine=False), labels),
     "var-surroundings": _scales(_var(reach=1), labels),
     "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
+    "nfig-class": replace(_scales(_var(), labels), tokenizer=_BANDS_TOKENIZER),
     "infinity-text": _infinity(_BITS),
     "infinity-patches": _infinity(replace(_BITS, patch=2)),
     "llamagen-class": Case(
