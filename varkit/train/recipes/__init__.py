@@ -12,12 +12,13 @@ from varkit.train.recipes.folder import folder_recipe
 from varkit.train.recipes.infinity_scenes import infinity_scenes
 from varkit.train.recipes.llamagen_scenes import llamagen_scenes
 from varkit.train.recipes.mar_scenes import mar_scenes
+from varkit.train.recipes.nfig_digits import nfig_digits
 from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
 
 __all__ = [
     "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_scales", "digits", "digits_raster", "find_recipe",
-    "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
+    "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "nfig_digits", "scenes",
 ]  # fmt: skip
 
 RECIPES = {
@@ -28,6 +29,7 @@ RECIPES = {
     "digits": digits,
     "digits-raster": digits_raster,
     "digit-scales": digit_scales,
+    "nfig-digits": nfig_digits,
 }
 
 
