@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
+from varkit.cli.main import main
 from varkit.decode.loop import run
 from varkit.edit.inpaint import start_inpaint
 from varkit.errors import UserError
@@ -301,6 +303,16 @@ def test_both_forms_of_guidance_draw_and_show_every_band(ramp: bool) -> None:
     assert len(pictures) == 4
     again = model().generate([0, 1], seed=1, ramp=ramp)
     assert [np.asarray(p).tolist() for p in again] == [np.asarray(p).tolist() for p in pictures[-1]]
+
+
+def test_the_command_line_has_both_forms_of_guidance(tmp_path) -> None:
+    model().save(tmp_path / "model")
+    for form, ramp in (("on", True), ("off", False)):
+        out = tmp_path / f"{form}.png"
+        words = ["--model", str(tmp_path / "model"), "--label", "1", "--ramp", form, "--out", str(out)]
+        assert main(["generate", *words]) == 0
+        (expected,) = model().generate([1], seed=0, ramp=ramp)
+        assert np.array_equal(np.asarray(Image.open(out)), np.asarray(expected))
 
 
 def test_it_edits_what_is_masked() -> None:
