@@ -37,6 +37,7 @@ from varkit.plans.refined import RefinedConfig
 from varkit.plans.scales import ScalesConfig, Windows
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.frequency import FrequencyVQConfig
 from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.pixels import PixelsConfig, from_levels, to_levels
@@ -137,6 +138,9 @@ _PYRAMID_TOKENIZER = MultiScaleVQConfig(
     ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False),
     vocab_size=24, code_channels=6, schedule=PYRAMID,
 )  # fmt: skip
+_BANDS_TOKENIZER = FrequencyVQConfig(
+    _PYRAMID_TOKENIZER.conv, vocab_size=24, code_channels=6, schedule=PYRAMID
+)
 _BITS = BitwiseConfig(_PYRAMID_TOKENIZER.conv, PYRAMID)
 _GRID_TOKENIZER = VQConfig(
     ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8, attention=False),
@@ -214,6 +218,7 @@ CASES: dict[str, Case] = {
     "m-var-plain-attention": _m_var(cosine=False),
     "hmar-refined": _hmar(counts=((1,), (1, 3), (2, 2, 2))),
     "hmar-guided": _hmar(counts=((1,), (4,), (3, 3)), guided=True, noise=1.0),
+    "nfig-class": replace(_scales(_var(), labels), tokenizer=_BANDS_TOKENIZER),
     "infinity-text": _infinity(_BITS),
     "infinity-patches": _infinity(replace(_BITS, patch=2)),
     "llamagen-class": Case(

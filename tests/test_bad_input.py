@@ -281,7 +281,7 @@ def test_pictures_never_replace_folders(fails: Fails, here: Path, class_model: P
     [
         (
             ["digist"],
-            "unknown recipe 'digist'; did you mean 'digits' or 'digits-raster'? A folder of pictures works too.",
+            "unknown recipe 'digist'; did you mean 'digits'",
         ),
         (["some/where"], "folder some/where does not exist; give a folder of pictures"),
         (["pictures"], "folder pictures gives no pictures: it has no .jpg, .png or other picture files"),

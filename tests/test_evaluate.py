@@ -220,7 +220,19 @@ def test_tables_show_every_figure(class_model: Path, array: str, capsys: pytest.
     assert main(["evaluate", str(class_model), "--suite", "reconstruction", "--data", array, "--n", "4"]) == 0
     out = capsys.readouterr().out
     first = [line.split()[0] for line in out.splitlines()]
-    assert first == ["figure", "pictures", "PSNR,", "PSNR,", "codebook", "level", "level", "level"]
+    spectrum = ["PSD", "low", "mid", "high"]
+    assert first == ["figure", "pictures", "PSNR,", "PSNR,", *spectrum, "codebook", "level", "level", "level"]
+
+
+def test_a_recipes_model_is_measured_on_the_recipes_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = models.tiny_pipeline(ClassConfig(10))
+    pipeline.about = {"request": {"recipe": "nfig-digits"}}
+    pipeline.save(tmp_path / "model")
+    assert main(["evaluate", str(tmp_path / "model"), "--suite", "reconstruction", "--n", "4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["data"] == "digits" and 0 < facts["spectrum"]["high"]["kept"] < 1
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ class Evaluate(Sampling):
     model: Positional[str]
     """A bundled model, a saved folder, or a training's output folder; for fid also a folder of pictures or an array."""
     suite: str
-    """reconstruction (PSNR, SSIM, rFID, codebook), fid (FID, KID, precision, recall against --data), scenes (captions
-    of unseen scenes) or digits (read by a classifier)."""
+    """reconstruction (PSNR, SSIM, spectrum, rFID, codebook), fid (FID, KID, precision, recall against --data), scenes
+    (captions of unseen scenes) or digits (read by a classifier)."""
     n: int | None = None
     """Pictures (reconstruction, 2000; fid, 2000 of a model, all of a folder), captions (scenes, 300), or pictures of
     each digit (digits, 100)."""
@@ -235,13 +235,15 @@ def _passing(batch: Any, advance: Any) -> Any:
 
 def _own_data(pipeline: "Pipeline") -> str:
     """The data set that the model was trained on."""
+    from varkit.train.recipes import RECIPES
+
     about = pipeline.about
     spec = about.get("request", {}).get("recipe") or about.get("recipe")
     if not spec:
         raise UserError(
             "this model does not say what it was trained on; add --data, e.g. --data scenes or a folder"
         )
-    return str(spec)
+    return RECIPES[spec]().dataset if spec in RECIPES else str(spec)
 
 
 def _held_out(dataset: "Dataset") -> tuple["Dataset", str]:
@@ -264,6 +266,12 @@ def _reconstruction_table(summary: dict[str, Any]) -> Table:
     ]
     if summary["ssim"] is not None:
         rows.append(("SSIM", f"{summary['ssim']:.4f}"))
+    spectrum = summary["spectrum"]
+    rows.append(("PSD distance", f"{spectrum['psd_distance']:.3f}"))
+    for third in ("low", "mid", "high"):
+        found = spectrum[third]
+        text = f"{found['kept']:.1%} of the amplitude kept, error {found['error']:.3f}"
+        rows.append((f"{third} frequencies", text))
     if summary["rfid"] is not None:
         rfid = summary["rfid"]
         rows.append(

@@ -34,6 +34,8 @@ class Sampling:
 
     guidance: float | None = None
     """Guidance scale s in u + s (c - u); 1 is off."""
+    ramp: Literal["on", "off"] | None = None
+    """Whether guidance rises over the steps from off to its scale (VAR's form), or is the same at all of them."""
     temperature: float | None = None
     """0 takes the likeliest code, 1 samples as learned."""
     top_k: int | None = None
@@ -47,6 +49,7 @@ class Sampling:
         """What was given, by name."""
         values = {n: getattr(self, n) for n in ("guidance", "temperature", "top_k", "top_p")}
         given = {n: v for n, v in values.items() if v is not None}
+        given |= {} if self.ramp is None else {"ramp": self.ramp == "on"}
         return given | ({"smooth": True} if self.smooth else {})
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer loses: PSNR, SSIM and the use of its codebook on pictures it was not trained on.
+"""What a tokenizer loses: PSNR, SSIM, its spectrum and the use of its codebook on pictures it was not trained on.
 
 PSNR = 10 log10(2^2 / MSE) dB over pictures in [-1, 1], twice: of the mean squared error of all pictures, and the mean
 of each picture's own, which is higher (Jensen) and which papers often report without saying so.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from varkit.data.base import Dataset
 from varkit.errors import UserError
+from varkit.evaluate.spectrum import Spectra, Spectrum
 from varkit.pictures import grid, to_pil, to_tensor
 from varkit.tokenizers.base import Tokenizer
 from varkit.tokenizers.codebook import CodebookStatistics
@@ -46,6 +47,7 @@ class Reconstruction:
     psnr: float
     psnr_of_pictures: float
     ssim: float | None
+    spectrum: Spectrum
     codebook: Codebook | None
     levels: tuple[Codebook, ...]
     shown: list[Tensor] = field(repr=False)
@@ -55,6 +57,7 @@ class Reconstruction:
         """The figures, as JSON takes them."""
         figures = {name: getattr(self, name) for name in ("pictures", "psnr", "psnr_of_pictures", "ssim")}
         return figures | {
+            "spectrum": self.spectrum.summary(),
             "codebook": None if self.codebook is None else asdict(self.codebook),
             "levels": [asdict(level) for level in self.levels],
         }
@@ -73,6 +76,7 @@ def reconstruct(
 ) -> Reconstruction:
     """Encode and decode batches (B, 3, H, W) in [-1, 1], and compare; `watch` sees each and its reconstruction."""
     statistics: CodebookStatistics | None = None
+    spectra = Spectra()
     errors: list[float] = []
     similarities: list[float] = []
     shown: list[Tensor] = []
@@ -81,6 +85,7 @@ def reconstruct(
         latents = tokenizer.encode(batch)
         rebuilt = tokenizer.decode(latents)
         watch(batch, rebuilt)
+        spectra.add(batch, rebuilt)
         if "ids" in latents:
             statistics = statistics or CodebookStatistics(_vocabulary(tokenizer), tokenizer.schedule)
             statistics.update(latents["ids"])
@@ -98,6 +103,7 @@ def reconstruct(
         psnr=psnr(float(np.mean(errors))),
         psnr_of_pictures=float(np.mean([psnr(error) for error in errors])),
         ssim=float(np.mean(similarities)) if similarities else None,
+        spectrum=spectra.result(),
         codebook=figures[0] if figures else None,
         levels=figures[1:] if figures else (),
         shown=shown,

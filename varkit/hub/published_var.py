@@ -62,7 +62,7 @@ def pipeline(
 def files(pipeline: Pipeline, layout: Layout = VAR) -> Files:
     """What is published of a pipeline. Raises `UserError` for a model that the published layout cannot express."""
     tokenizer, generator = pipeline.configs["tokenizer"], pipeline.configs["generator"]
-    if not isinstance(tokenizer, MultiScaleVQConfig) or not isinstance(generator.condition, ClassConfig):
+    if type(tokenizer) is not MultiScaleVQConfig or not isinstance(generator.condition, ClassConfig):
         kinds = f"{type(tokenizer).__name__}, {type(generator.condition).__name__}"
         raise UserError(
             "only class-conditional VAR and MAR models, LlamaGen's, and Infinity's over text features have a published "

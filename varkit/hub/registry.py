@@ -10,6 +10,7 @@ from varkit.errors import unknown_name
 
 PARTS: dict[str, str] = {
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq:MultiScaleVQConfig",
+    "FrequencyVQ": "varkit.tokenizers.frequency:FrequencyVQConfig",
     "Bitwise": "varkit.tokenizers.bitwise:BitwiseConfig",
     "VQ": "varkit.tokenizers.vq:VQConfig",
     "Pixels": "varkit.tokenizers.pixels:PixelsConfig",

@@ -92,7 +92,8 @@ class BitwiseQuantizer(ResidualQuantizer):
         f_hat, loss = self.zeros(len(f), schedule), f.new_zeros(())
         bits, residuals = [], []
         for level in range(len(schedule)):
-            z = F.normalize(self._resized(f - f_hat.detach(), schedule, level, "area"), dim=1)
+            rest = self.goal(f, level, schedule) - f_hat.detach()
+            z = F.normalize(self._resized(rest, schedule, level, "area"), dim=1)
             q = torch.where(z > 0, self.unit, -self.unit)
             f_hat = f_hat + self._resized(z + (q - z).detach(), schedule, -1, "bilinear")
             loss = loss + self._loss(z, q)

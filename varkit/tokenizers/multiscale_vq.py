@@ -126,19 +126,20 @@ class MultiScaleQuantizer(ResidualQuantizer):
     def forward(self, f: Tensor, schedule: Schedule) -> Quantized:
         """Quantise for training: gradients pass straight through to f; codes and phis learn from the loss."""
         f = self.check(f, schedule)
-        target = f.detach()
         f_hat = self.zeros(len(f), schedule)
         loss = f.new_zeros(())
         ids, residuals = [], []
-        for level, side in enumerate(schedule.sides):
-            residuals.append(self._area(target - f_hat.detach(), side))
+        for level in range(len(schedule)):
+            goal = self.goal(f, level, schedule)
+            target = goal.detach()
+            residuals.append(self.missing(target - f_hat.detach(), level, schedule))
             ids.append(self.choose(residuals[-1], level, schedule))
             codes = self.lookup(ids[-1])
             if self.rates is not None and self.training:
                 errors = (residuals[-1] - codes.detach()).square().sum(-1)
                 self.rates.update(level, len(schedule), ids[-1], errors)
             f_hat = self.accumulate(f_hat, level, codes, schedule)
-            loss = loss + self.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, target)
+            loss = loss + self.beta * F.mse_loss(f_hat.detach(), goal) + F.mse_loss(f_hat, target)
         return Quantized(
             features=f + (f_hat - f).detach(),
             loss=loss / len(schedule),
@@ -156,8 +157,8 @@ class MultiScaleQuantizer(ResidualQuantizer):
         f_hat = self.zeros(len(f), schedule)
         weight = self.embedding.weight
         ends = [len(weight) * offset // schedule.total for offset in schedule.offsets]
-        for level, side in enumerate(schedule.sides):
-            vectors = self._area(f - f_hat, side)
+        for level in range(len(schedule)):
+            vectors = self.missing(self.goal(f, level, schedule) - f_hat, level, schedule)
             rows = vectors.flatten(0, 1)
             start, end = ends[level], ends[level + 1]
             # Each vector once before any comes again: twin codes would never part.
@@ -206,27 +207,39 @@ class MultiScaleVQConfig:
         if not 0 <= self.phi_ratio <= 1:
             raise UserError(f"phi_ratio {self.phi_ratio} is outside [0, 1]; 0.5 is VAR's")
 
+    @property
+    def phis(self) -> int:
+        """Convolutions after upsampling."""
+        return self.phi_sharing or len(self.schedule)
+
+    def quantizer(self) -> MultiScaleQuantizer:
+        """The quantizer, its codes drawn anew."""
+        return MultiScaleQuantizer(
+            Codebook(self.vocab_size, self.code_channels),
+            phis=self.phis,
+            phi_ratio=self.phi_ratio,
+            beta=self.beta,
+            rates=CodeRates(len(self.schedule), self.vocab_size, self.rate) if self.rate else None,
+        )
+
     def build(self) -> "MultiScaleVQ":
         """Make the tokenizer, freshly initialised."""
         return MultiScaleVQ(self)
 
 
 class MultiScaleVQ(QuantizedTokenizer):
-    """VAR's tokenizer: images <-> ids (B, L) over a pyramid."""
+    """VAR's tokenizer, and NFIG's: images <-> ids (B, L) over a pyramid."""
 
     quantizer: MultiScaleQuantizer
 
     def __init__(self, config: MultiScaleVQConfig) -> None:
-        schedule = Schedule.parse(config.schedule)
-        quantizer = MultiScaleQuantizer(
-            Codebook(config.vocab_size, config.code_channels),
-            phis=config.phi_sharing or len(schedule),
-            phi_ratio=config.phi_ratio,
-            beta=config.beta,
-            rates=CodeRates(len(schedule), config.vocab_size, config.rate) if config.rate else None,
-        )
         super().__init__(
-            config.conv, quantizer, schedule, config.code_channels, kernel=3, encoder=config.encoder
+            config.conv,
+            config.quantizer(),
+            Schedule.parse(config.schedule),
+            config.code_channels,
+            kernel=3,
+            encoder=config.encoder,
         )
         self.config = config
 

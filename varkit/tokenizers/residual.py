@@ -2,8 +2,9 @@
 
 With f the encoder's features and f_hat_0 = 0, level k quantises what is still missing:
 
-    chosen_k = choose(area(f - f_hat_k-1)),    f_hat_k = f_hat_k-1 + up(lookup(chosen_k))
+    chosen_k = choose(area(goal_k(f) - f_hat_k-1)),    f_hat_k = f_hat_k-1 + up(lookup(chosen_k))
 
+with goal_k(f) = f, or a part of f that grows with k (NFIG's bands, varkit/tokenizers/frequency.py),
 so any prefix of levels decodes to a coarse picture, and f_hat is the only state there is: `accumulate` advances it and
 `next_input` reads from it what a generator is fed. All of it runs in float32 whatever the network around it does. What
 is chosen, how a level is brought to the finest grid and what training asks for are a quantizer's own.
@@ -27,6 +28,14 @@ from varkit.tokenizers.patch import PatchEncoder, PatchEncoderConfig
 
 Override = Callable[[int, Tensor], Tensor]
 """(level, chosen (B, n, ...)) -> what to use instead: edits, watermarks, self-correction."""
+
+Goal = Callable[[Tensor, int, Schedule], Tensor]
+"""(f (B, D, h, w), level, schedule) -> what the levels up to that one are to add up to, in f's shape."""
+
+
+def all_of_it(f: Tensor, level: int, schedule: Schedule) -> Tensor:
+    """VAR's goal: every level corrects towards the whole of f."""
+    return f
 
 
 @dataclass
@@ -57,6 +66,8 @@ class ResidualQuantizer(nn.Module, ABC):
     latent: str
     embedding: Codebook | None
     """The codes, if they are learned."""
+    goal: Goal = staticmethod(all_of_it)
+    """What each level corrects towards; `encode` and `forward` ask for it, decoding does not."""
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves and casts as any module does, but never below float32: codes rounded to bfloat16 are other codes."""
@@ -98,7 +109,7 @@ class ResidualQuantizer(nn.Module, ABC):
 
     @abstractmethod
     def missing(self, rest: Tensor, level: int, schedule: Schedule) -> Tensor:
-        """The features that are not yet there, (B, D, h, w), at a level's grid: (B, n, D)."""
+        """The part of a level's goal that is not yet there, (B, D, h, w), at a level's grid: (B, n, D)."""
 
     @abstractmethod
     def forward(self, f: Tensor, schedule: Schedule) -> Quantized:
@@ -128,7 +139,8 @@ class ResidualQuantizer(nn.Module, ABC):
         f_hat = self.zeros(len(f), schedule) if f_hat is None else f_hat
         parts = []
         for level in range(start_level, len(schedule)):
-            chosen = self.choose(self.missing(f - f_hat, level, schedule), level, schedule)
+            rest = self.goal(f, level, schedule) - f_hat
+            chosen = self.choose(self.missing(rest, level, schedule), level, schedule)
             parts.append(chosen if override is None else override(level, chosen))
             f_hat = self.accumulate(f_hat, level, self.lookup(parts[-1]), schedule)
         return torch.cat(parts, 1)

@@ -20,7 +20,7 @@ from varkit.train.recipes.scenes import scenes
 __all__ = [
     "RECIPES", "FurtherRecipe", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid",
     "digit_scales", "digits", "digits_raster", "find_recipe", "folder_recipe", "hmar_digits",
-    "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "scenes",
+    "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "nfig_digits", "scenes",
 ]  # fmt: skip
 
 RECIPES = {
@@ -34,6 +34,7 @@ RECIPES = {
     "digit-grid": digit_grid,
     "m-var-digits": m_var_digits,
     "hmar-digits": hmar_digits,
+    "nfig-digits": nfig_digits,
 }
 
 
