@@ -27,7 +27,12 @@ def picture(size: tuple[int, int] = (8, 12)) -> Image.Image:
 
 @pytest.mark.parametrize(
     ("name", "prompt", "settings"),
-    [("var-class", 3, {}), ("var-class", 3, {"smooth": True}), ("infinity-text", "a ring", {})],
+    [
+        ("var-class", 3, {}),
+        ("var-class", 3, {"smooth": True}),
+        ("infinity-text", "a ring", {}),
+        ("flexvar-class", 3, {}),
+    ],
 )
 def test_keeping_everything_returns_the_reconstruction_exactly(name: str, prompt, settings: dict):
     model, image = pipeline(name), picture()

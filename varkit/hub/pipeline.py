@@ -28,12 +28,14 @@ from varkit.generators.base import Condition
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import CONFIG, load_parts, save_parts
 from varkit.hub.prompts import Prompt, TextSource, check_source, condition_of, longest_prompt, nothing
+from varkit.hub.schedules import at_size, scheduled
 from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
+from varkit.plans.flexible import FlexibleScalesConfig
 from varkit.plans.ratios import sized
 from varkit.plans.scales import ScalesConfig
-from varkit.plans.schedule import Schedule
+from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.tiled import set_tile
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -182,10 +184,22 @@ class Pipeline:
     def sized(self, size: tuple[int, int] | None) -> "Pipeline":
         """The model for pictures of (height, width) pixels. Raises `UserError` for a size that it cannot make."""
         plan = self.configs["plan"]
+        if size is not None and size != self.size and isinstance(plan, FlexibleScalesConfig):
+            return at_size(self, size)
         if size is not None and size != self.size and isinstance(plan, ScalesConfig) and plan.ratios:
             return self.over(sized(*size))
         self.check_size(size)
         return self
+
+    def scheduled(
+        self, schedule: Sequence[Side] | int, greedy_unseen: bool = True, clamp: bool = False
+    ) -> "Pipeline":
+        """The same model in another schedule, where it takes any (FlexVAR): its sides, or a number of steps.
+
+        greedy_unseen: scales of sides that training never drew take the likeliest codes. clamp: a ramp of guidance ends
+        at the scale given, also in more than ten steps. Raises `UserError` for a model of one schedule.
+        """
+        return scheduled(self, schedule, greedy_unseen, clamp)
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise `UserError` for a size that this model's schedule cannot make."""

@@ -83,7 +83,7 @@ def sides_of(text: str) -> tuple[Side, ...]:
 class FlexibleScalesConfig(ScalesConfig):
     """`schedule` is the default; any other may take its place. seen: sides that the generator was trained with.
 
-    seen is empty where nobody knows; sides beyond the default's longest count as unseen all the same.
+    seen is empty where nobody knows: then all sides up to the default's longest count as seen.
     """
 
     seen: tuple[int, ...] = ()
@@ -93,14 +93,18 @@ class FlexibleScalesConfig(ScalesConfig):
         object.__setattr__(self, "seen", tuple(self.seen))
 
     @property
-    def longest(self) -> int:
-        """The longest side of the default schedule, which is that of training."""
-        return max(Schedule.parse(self.schedule).last)
+    def known(self) -> tuple[int, ...]:
+        """The sides of training: those seen, or where nobody knows all up to the default's longest."""
+        return self.seen or tuple(range(1, max(Schedule.parse(self.schedule).last) + 1))
+
+    @property
+    def trained(self) -> int:
+        """The longest side of training."""
+        return max(self.known)
 
     def over(self, schedule: Sequence[Side]) -> "FlexibleScalesConfig":
         """The order over other grids; what was trained is still known."""
-        known = self.seen or tuple(range(1, self.longest + 1))
-        return replace(self, schedule=tuple(schedule), seen=known)
+        return replace(self, schedule=tuple(schedule), seen=self.known)
 
     def stepped(self, steps: int) -> "FlexibleScalesConfig":
         """The order in another number of steps, up to the same finest grid."""
@@ -120,7 +124,7 @@ class FlexibleScalesConfig(ScalesConfig):
 
     def unseen(self) -> tuple[bool, ...]:
         """Which of the schedule's scales have a side that training never drew."""
-        known = self.seen or tuple(range(1, self.longest + 1))
+        known = self.known
         return tuple(h not in known or w not in known for h, w in Schedule.parse(self.schedule).sides)
 
     def build(self) -> ScalePlan:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.flexvar import FlexVARConfig
@@ -15,11 +15,6 @@ from varkit.train.schedule_lessons import ScheduleLessons
 
 VALIDATED: Sequence[tuple[int, ...]] = ((1, 2, 4, 8), (1, 2, 3, 5, 8), (1, 2, 3, 4, 5, 6, 7, 8))
 """Schedules of 4, 5 and 8 steps, beside the pyramid's 6; with sides up to 8, training draws 4 to 6."""
-
-
-def taught(tokenizer: Any, plan: Any) -> ScheduleLessons:
-    """Random schedules, validated on several."""
-    return ScheduleLessons(tokenizer, plan, others=VALIDATED)
 
 
 def flexvar_digits() -> Recipe:
@@ -37,5 +32,5 @@ def flexvar_digits() -> Recipe:
         base,
         name="flexvar-digits",
         tokenizer=replace(base.tokenizer, config=tokenizer),
-        generator=replace(base.generator, config=generator, teach=taught),
+        generator=replace(base.generator, config=generator, teach=partial(ScheduleLessons, others=VALIDATED)),
     )
