@@ -33,6 +33,7 @@ def picture(size: tuple[int, int] = (8, 12)) -> Image.Image:
         ("infinity-text", "a ring", {}),
         ("hmar-refined", 3, {}),
         ("hmar-refined", 3, {"smooth": True}),
+        ("flexvar-class", 3, {}),
     ],
 )
 def test_keeping_everything_returns_the_reconstruction_exactly(name: str, prompt, settings: dict):

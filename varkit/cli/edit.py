@@ -1,13 +1,17 @@
-"""`varkit edit`: draw part of a picture anew."""
+"""`varkit edit`: draw part of a picture anew, more of it around, or the same one finer."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from varkit.cli.generate import Sampling, save_picture
+from varkit.cli.generate import Sampling, parse_size, save_picture
 from varkit.errors import UserError
 from varkit.files import ensure_writable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Edit(Sampling):
     """Y0 X0 Y1 X1, in fractions of the picture: redraw inside the box."""
     outside: bool = False
     """Redraw outside the box instead (out-painting)."""
+    refine: bool = False
+    """The picture is small: draw it at the model's size, or at --size (for a FlexVAR)."""
+    size: str | None = None
+    """HEIGHTxWIDTH in pixels: without mask or box, draw more around the picture up to this size (for a FlexVAR)."""
     raw: bool = False
     """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
     model: str = "scenes"
@@ -38,7 +46,10 @@ class Edit(Sampling):
     """FILE.png (n > 1 writes FILE-0.png ...); by default NAME-edited.png beside the picture."""
 
     def __post_init__(self) -> None:
-        if (self.mask is None) == (self.box is None):
+        whole = self.refine or self.size is not None
+        if whole and (self.mask or self.box):
+            raise UserError("--refine and --size are about the whole picture; leave --mask and --box out")
+        if not whole and (self.mask is None) == (self.box is None):
             given = "both --mask and --box were" if self.mask else "neither --mask nor --box was"
             raise UserError(f"{given} given; say with one of them what is redrawn")
         if self.outside and self.box is None:
@@ -57,20 +68,34 @@ class Edit(Sampling):
         for target in targets:
             ensure_writable(target)
 
+        from PIL import Image
+
+        from varkit.data.images import open_image
+
+        original = Image.fromarray(open_image(self.picture))
+        for path, image in zip(targets, self._drawn(original), strict=True):
+            save_picture(image, path)
+
+    def _drawn(self, original: "Image.Image") -> "list[Image.Image]":
+        """The edited pictures."""
         import numpy as np
         from PIL import Image
 
         from varkit.data.images import open_image
         from varkit.edit.inpaint import box_mask, inpaint, paste
+        from varkit.edit.refine import refine, surrounded
         from varkit.hub.pipeline import load
 
-        original = Image.fromarray(open_image(self.picture))
-        if self.mask is not None:
+        size, pipeline = parse_size(self.size), load(self.model)
+        prompt = self.caption if self.label is None else self.label
+        if self.refine:
+            return refine(pipeline.sized(size), original, prompt, self.n, self.seed, **self.chosen())
+        if size is not None:
+            original, redraw = surrounded(original, size)
+        elif self.mask is not None:
             redraw = np.asarray(Image.fromarray(open_image(self.mask)).convert("L")) > 127
         else:
             assert self.box is not None
             redraw = box_mask((original.height, original.width), self.box, inside=not self.outside)
-        prompt = self.caption if self.label is None else self.label
-        edited = inpaint(load(self.model), original, redraw, prompt, self.n, self.seed, **self.chosen())
-        for path, image in zip(targets, edited if self.raw else paste(edited, original, redraw), strict=True):
-            save_picture(image, path)
+        edited = inpaint(pipeline.sized(size), original, redraw, prompt, self.n, self.seed, **self.chosen())
+        return edited if self.raw else paste(edited, original, redraw)

@@ -79,6 +79,10 @@ class Generate(Sampling):
     """Seed; picture i draws from sample i of it."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, if the model makes several."""
+    schedule: str | None = None
+    """Sides of the scales, e.g. 1,2,4,8 or 1x1,2x3,4x6, for a model that takes any (FlexVAR)."""
+    steps: int | None = None
+    """In place of a schedule: how many scales, up to the same finest one."""
     out: Path | None = None
     """FILE.png (n > 1 writes FILE-0.png ...) or a folder; by default a name made from the prompt."""
     shard: str | None = None
@@ -105,6 +109,12 @@ class Generate(Sampling):
     def __post_init__(self) -> None:
         if self.text_encoder is not None and self.embeddings is not None:
             raise UserError("--text-encoder and --embeddings were given; give one of them")
+        if sum(given is not None for given in (self.schedule, self.steps)) == 2:
+            raise UserError("--schedule and --steps were given; give one of them")
+        if self.schedule is not None and self.size is not None:
+            raise UserError(
+                "--schedule and --size were given; the last side of a schedule is the size already"
+            )
         if self.clean_prompts and self.text_encoder is None:
             raise UserError(
                 "--clean-prompts is for what a text encoder reads; give --text-encoder, or clean in varkit embed"
@@ -154,8 +164,13 @@ class Generate(Sampling):
         size = parse_size(self.size)
 
         from varkit.hub.pipeline import load
+        from varkit.plans.flexible import sides_of
 
         pipeline = load(self.model, self.dtype, self.offload).sized(size)
+        if self.schedule is not None:
+            pipeline = pipeline.scheduled(sides_of(self.schedule))
+        elif self.steps is not None:
+            pipeline = pipeline.scheduled(self.steps)
         if self.tile is not None:
             pipeline.tiled(self.tile)
         if self.refine is not None:

@@ -5,7 +5,7 @@ that scale, says keep. Nothing is trained, and the model's decoding loop is used
 Legend: B samples, H W pixels, h w grid of a scale, L positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from varkit.pictures import to_tensor
 from varkit.plans.base import CONFIDENCE
 from varkit.plans.schedule import Schedule
 from varkit.plans.step import Step
-from varkit.tokenizers.residual import ResidualQuantizer
+from varkit.tokenizers.residual import ScaleQuantizer
 
 ALWAYS_KEPT = 3
 """Scales of at most this many positions keep the picture's own tokens: they hold its overall tone (published rule)."""
@@ -54,7 +54,7 @@ class Keeping:
     bool. Runs of one model have equal ones, so that they can be merged.
     """
 
-    quantizer: ResidualQuantizer
+    quantizer: ScaleQuantizer
 
     def __call__(self, step: Step, values: dict[str, Tensor], state: State) -> dict[str, Tensor]:
         true, held = (gather_positions(state.extras[name], step.target) for name in ("true", "keep"))
@@ -116,13 +116,30 @@ def start_inpaint(
     pixels = to_tensor(np.asarray(fitted(image, pipeline.size))[None]).to(pipeline.device)
     true = tokenizer.encode(pixels, schedule)[tokenizer.quantizer.latent]
     keep = keep_masks(torch.from_numpy(redraw), schedule)
-    numbers, chosen = range(first, first + n), replace(pipeline.settings, **settings)
+    return start_kept(pipeline, true, keep, prompt, seed, range(first, first + n), settings, negative)
+
+
+def start_kept(
+    pipeline: Pipeline,
+    true: Tensor,
+    keep: Tensor,
+    prompt: Prompt | None,
+    seed: int,
+    numbers: Sequence[int],
+    settings: Mapping[str, Any],
+    negative: Prompt | None = None,
+) -> State:
+    """A state for each number of the seed's stream, in which tokens `true` (1, L, ...) stand where keep (L,) is True.
+
+    Without a prompt the model is not told what. Settings are changes to the pipeline's.
+    """  # fmt: skip
+    n, chosen = len(numbers), replace(pipeline.settings, **settings)
     if prompt is None:
         empty = pipeline.unconditional(n)
         state = pipeline.start_from(empty, seed, numbers, replace(chosen, guidance=1.0))
     else:
         state = pipeline.start(pipeline.jobs(prompt, n), seed, numbers, chosen, negative)
-    state.options = replace(state.options, override=Keeping(tokenizer.quantizer))
+    state.options = replace(state.options, override=Keeping(pipeline.tokenizer.quantizer))
     state.extras = {"true": torch.cat([true] * n), "keep": keep.to(true.device).repeat(n, 1)}
     return state
 

@@ -26,8 +26,8 @@ from varkit.plans.step import Step
 class ScaleTransformer(Generator):
     """`forward` takes {"vectors": (B, L, code_width)} and returns (N, L, C).
 
-    starts: tokens of the first scale. levels: scales that have an embedding. around: what of a map is embedded at each
-    of its slots; by default the vector there.
+    starts: tokens of the first scale. levels: scales that have an embedding, 0 for none. around: what of a map is
+    embedded at each of its slots; by default the vector there.
     """
 
     stacks: tuple[str, ...] = ("blocks",)
@@ -43,7 +43,8 @@ class ScaleTransformer(Generator):
         self.around = around
         self.embed = Linear(code_width * (around.places if around else 1), width)
         self.start = nn.Parameter(torch.empty(starts, width))
-        self.level = nn.Embedding(levels, width)
+        if levels:
+            self.level = nn.Embedding(levels, width)
         self.shared_modulation = Linear(width, 6 * width) if block.shared_modulation else None
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(block.build(width, r) for r in rates)  # type: ignore[assignment]
@@ -75,6 +76,13 @@ class ScaleTransformer(Generator):
     def final_of(self, route: str) -> str:
         """Which of `finals` serves a route."""
         return "final"
+
+    def stands(self, step: Step, branches: int, device: torch.device) -> Tensor:
+        """What is added to embedded codes at the step's slots, (L, C) or (N, L, C); by default by number and scale."""
+        ids, level = (
+            per_row(t, 1, branches).to(device) for t in (step.feed.ids.clamp(min=0), step.feed.level)
+        )
+        return self.place(ids, level)
 
     def rotation(self, step: Step, branches: int, device: torch.device) -> Rotation | None:
         """How attention turns queries and keys, if it does."""
@@ -124,15 +132,14 @@ class ScaleTransformer(Generator):
         """Fed -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
         branches, device = start.shape[0] // fed["vectors"].shape[0], self.start.device
         starts = bool((step.feed.shows < 0).any())
-        ids, level, shows = (
-            per_row(t, 1, branches).to(device)
-            for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
+        ids, shows = (
+            per_row(t, 1, branches).to(device) for t in (step.feed.ids.clamp(min=0), step.feed.shows)
         )
         h = rows(self.shown(fed, step), branches)
         if starts:
             first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]
             h = torch.where((shows < 0)[..., None], first, h)
-        return h + self.place(ids, level)
+        return h + self.stands(step, branches, device)
 
     @torch.no_grad()
     def initialise(self, gate: float, modulation: float = 0.5) -> None:

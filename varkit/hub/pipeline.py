@@ -17,7 +17,7 @@ from PIL import Image
 
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
-from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer
+from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer, Ramp
 from varkit.decode.loop import Model, decode, run
 from varkit.decode.sampling import Sampler, SmoothSampler
 from varkit.decode.state import Options, Override, State
@@ -28,13 +28,15 @@ from varkit.generators.base import Condition
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import CONFIG, load_parts, save_parts
 from varkit.hub.prompts import Prompt, TextSource, check_source, condition_of, longest_prompt, nothing
+from varkit.hub.schedules import at_size, scheduled
 from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
+from varkit.plans.flexible import FlexibleScalesConfig
 from varkit.plans.ratios import sized
 from varkit.plans.refined import RefinedConfig, parse_counts
 from varkit.plans.scales import ScalesConfig
-from varkit.plans.schedule import Schedule
+from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.tiled import set_tile
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -52,7 +54,7 @@ class Settings:
     """
 
     guidance: BySteps = 1.0
-    ramp: bool = False
+    ramp: Ramp = False
     temperature: BySteps = 1.0
     top_k: int = 0
     top_p: float = 0.0
@@ -193,10 +195,22 @@ class Pipeline:
     def sized(self, size: tuple[int, int] | None) -> "Pipeline":
         """The model for pictures of (height, width) pixels. Raises `UserError` for a size that it cannot make."""
         plan = self.configs["plan"]
+        if size is not None and size != self.size and isinstance(plan, FlexibleScalesConfig):
+            return at_size(self, size)
         if size is not None and size != self.size and isinstance(plan, ScalesConfig) and plan.ratios:
             return self.over(sized(*size))
         self.check_size(size)
         return self
+
+    def scheduled(
+        self, schedule: Sequence[Side] | int, greedy_unseen: bool = True, clamp: bool = False
+    ) -> "Pipeline":
+        """The same model in another schedule, where it takes any (FlexVAR): its sides, or a number of steps.
+
+        greedy_unseen: scales of sides that training never drew take the likeliest codes. clamp: a ramp of guidance ends
+        at the scale given, also in more than ten steps. Raises `UserError` for a model of one schedule.
+        """
+        return scheduled(self, schedule, greedy_unseen, clamp)
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise `UserError` for a size that this model's schedule cannot make."""

@@ -1,4 +1,4 @@
-"""Published VAR, LlamaGen, MAR and Infinity checkpoints as whole pipelines and back: what `varkit convert` does.
+"""Published checkpoints of the families below as whole pipelines and back: what `varkit convert` does.
 
 Which file is which is told by its keys, never by its name. On the way out everything that the published layout cannot
 say is refused, by reading the configuration off the written shapes and comparing it with the model's own.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath, atomic_folder
+from varkit.generators.flexvar import FlexVARConfig
 from varkit.generators.hmar import HMARConfig
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
@@ -21,6 +22,7 @@ from varkit.generators.m_var import MVarConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.var import VARConfig
 from varkit.hub import (
+    flexvar,
     hmar,
     infinity,
     llamagen,
@@ -54,7 +56,8 @@ OTHERS: dict[str, str] = {
 class Family:
     """How a family's checkpoints are told, read and written. tokenizer, generator: files that users may look for.
 
-    shares: the family whose tokenizer it takes, if it has none of its own.
+    shares: the family whose tokenizer it takes, or whose tokenizers have the same layout as its own, so that they are
+    told by its name.
     """
 
     states: Callable[[Mapping[str, Any]], dict[str, State]]
@@ -78,6 +81,10 @@ FAMILIES = {
     "Infinity": Family(
         infinity.checkpoint_states, published_infinity.pipeline, published_infinity.files, InfinityConfig,
         "infinity_vae_d32reg.pth", "infinity_2b_reg.pth",
+    ),
+    "FlexVAR": Family(
+        flexvar.checkpoint_states, flexvar.pipeline, flexvar.files, FlexVARConfig,
+        flexvar.TOKENIZER_FILE, "FlexVARd16-epo179.pth", shares="LlamaGen",
     ),
     "LlamaGen": Family(
         llamagen.checkpoint_states, published_llamagen.pipeline, published_llamagen.files, LlamaGenConfig,
@@ -166,7 +173,7 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
 def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
     """The family of a file, and the parts in it."""
     checkpoint: Mapping[str, Any] = read_checkpoint(path, mapped)
-    for name in ("MAR", "Infinity", "LlamaGen", "HMAR"):
+    for name in ("MAR", "Infinity", "FlexVAR", "LlamaGen", "HMAR"):
         if states := FAMILIES[name].states(checkpoint):
             return name, _checked(states, path)
     for wrapper in WRAPPERS:

@@ -43,8 +43,9 @@ class Windows:
 class ScalePlan(StaticPlan):
     """One step a level; slot, shown position and target position have the same number.
 
-    Coordinates are each level's own rows and columns, or, with `frame`, where these lie on one common grid. history:
-    how many coarser levels a level sees; None: all. windows: how fine levels see themselves; None: all of them.
+    Coordinates are each level's own rows and columns, or, with `frame`, where these lie on one common grid, or `coords`
+    (L, D). history: how many coarser levels a level sees; None: all. windows: how fine levels see themselves; None: all
+    of them.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class ScalePlan(StaticPlan):
         frame: tuple[int, int] | None = None,
         history: int | None = None,
         windows: Windows | None = None,
+        coords: Tensor | None = None,
     ) -> None:
         self.schedule, self.history, self.windows = schedule, history, windows
-        self.coords = schedule.coords if frame is None else framed(schedule, frame)
+        own = schedule.coords if coords is None else coords
+        self.coords = own if frame is None else framed(schedule, frame)
         super().__init__([self._step(level) for level in range(len(schedule))], schedule.total)
 
     def _step(self, level: int) -> Step:

@@ -8,19 +8,22 @@ from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
 from varkit.train.recipes.digit_scales import digit_grid, digit_scales
 from varkit.train.recipes.digits import digits, digits_raster
+from varkit.train.recipes.flexvar_digits import flexvar_digits
 from varkit.train.recipes.folder import folder_recipe
 from varkit.train.recipes.hmar_digits import hmar_digits
 from varkit.train.recipes.infinity_scenes import infinity_scenes
 from varkit.train.recipes.llamagen_scenes import llamagen_scenes
 from varkit.train.recipes.m_var_digits import m_var_digits
 from varkit.train.recipes.mar_scenes import mar_scenes
+from varkit.train.recipes.nfig_digits import nfig_digits
 from varkit.train.recipes.recipe import FurtherRecipe, GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
 
 __all__ = [
     "RECIPES", "FurtherRecipe", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid",
-    "digit_scales", "digits", "digits_raster", "find_recipe", "folder_recipe", "hmar_digits",
-    "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "nfig_digits", "scenes",
+    "digit_scales", "digits", "digits_raster", "find_recipe", "flexvar_digits", "folder_recipe",
+    "hmar_digits", "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "nfig_digits",
+    "scenes",
 ]  # fmt: skip
 
 RECIPES = {
@@ -35,6 +38,7 @@ RECIPES = {
     "m-var-digits": m_var_digits,
     "hmar-digits": hmar_digits,
     "nfig-digits": nfig_digits,
+    "flexvar-digits": flexvar_digits,
 }
 
 
