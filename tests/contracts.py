@@ -32,7 +32,7 @@ from varkit.nn.mamba import Mamba2Config
 from varkit.plans.base import StaticPlan
 from varkit.plans.masked import MaskedConfig
 from varkit.plans.raster import RasterConfig
-from varkit.plans.scales import ScalesConfig
+from varkit.plans.scales import ScalesConfig, Windows
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.kl import KLConfig
@@ -186,7 +186,8 @@ CASES: dict[str, Case] = {
     "var-surroundings": _scales(_var(reach=1), labels),
     "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
     "var-one-scale-of-past": _scales(_var(), labels, history=1),
-    "var-markov": _scales(_var(), labels, history=0),
+    "var-markov": _scales(_var(), labels, history=0, windows=Windows(3, least=4)),
+    "var-windows": _scales(_var(), labels, windows=Windows(3, least=4)),
     "m-var-class": _m_var(),
     "m-var-plain-attention": _m_var(cosine=False),
     "infinity-text": _infinity(_BITS),

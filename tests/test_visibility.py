@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varkit.errors import UserError
+from varkit.nn import neighbourhood
 from varkit.nn.attention import Packed, View, attend
+from varkit.nn.neighbourhood import Tiles
 from varkit.plans.join import collate, pack
 from varkit.plans.raster import RasterPlan
-from varkit.plans.scales import ScalePlan, ScalesConfig
+from varkit.plans.scales import ScalePlan, ScalesConfig, Windows
 from varkit.plans.schedule import Schedule
-from varkit.plans.visibility import Apart, Own
+from varkit.plans.visibility import Apart, Neighbourhood, Own, pairs
 
 PUBLISHED = Schedule.of(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
@@ -27,15 +29,22 @@ def gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_runs_apart_attend_as_under_the_dense_mask(dtype: torch.dtype):
+@pytest.mark.parametrize("fewest", [0, neighbourhood.FEWEST])
+def test_runs_apart_are_as_exact_as_the_dense_mask(
+    dtype: torch.dtype, fewest: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Outputs and gradients, in bfloat16 by the backward pass of our own, against float64 under the mask."""
+    monkeypatch.setattr(neighbourhood, "FEWEST", fewest)
     torch.manual_seed(0)
-    own = Apart.of([(1, "all"), (4, "causal"), (6, torch.rand(6, 6) < 0.5), (5, "all")])
-    own.runs[2][1].fill_diagonal_(True)
-    inputs = [torch.randn(2, 3, 16, 8).to(dtype) for _ in range(3)]
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
-    for one, twin in zip(gradients(own, inputs, 1.0), gradients(own.mask(), inputs, 1.0), strict=True):
-        assert one.dtype == twin.dtype == dtype
-        assert (one - twin).abs().max() <= bound * twin.std()
+    some = (torch.rand(6, 6) < 0.5).fill_diagonal_(True)
+    own = Apart.of([(1, "all"), (4, "causal"), (6, some), (5, "all"), (35, Neighbourhood((5, 7), 3))])
+    inputs = [torch.randn(2, 3, 51, 8).to(dtype) for _ in range(3)]
+    exact = gradients(own.mask(), [x.double() for x in inputs], 1.0)
+    for one, twin, true in zip(
+        gradients(own, inputs, 1.0), gradients(own.mask(), inputs, 1.0), exact, strict=True
+    ):
+        assert one.dtype == dtype
+        assert (one - true).norm() <= 1.2 * (twin - true).norm() + 1e-12
 
 
 def test_runs_apart_are_views_without_a_mask_and_heads_may_be_shared():
@@ -99,3 +108,73 @@ def test_steps_that_see_each_other_are_not_apart():
 def test_a_negative_history_is_refused():
     with pytest.raises(UserError, match="history -1"):
         ScalesConfig((1, 2), history=-1)
+
+
+def neighbours(grid: tuple[int, int], window: int, slot: int) -> list[int]:
+    """By the definition: a window around the slot, moved inwards as far as it must be."""
+
+    def along(at: int, length: int) -> range:
+        size = min(window, length)
+        first = at - window // 2
+        while first > 0 and first + size > length:
+            first -= 1
+        first = max(first, 0)
+        return range(first, first + size)
+
+    y, x = divmod(slot, grid[1])
+    return [a * grid[1] + b for a in along(y, grid[0]) for b in along(x, grid[1])]
+
+
+AREAS = st.builds(
+    Neighbourhood, st.tuples(st.integers(1, 9), st.integers(1, 9)), st.sampled_from([1, 3, 5, 7, 9])
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(AREAS)
+def test_a_slot_sees_the_window_around_it_shifted_inwards(area: Neighbourhood):
+    (h, w), table = area.grid, area.table()
+    assert table.tolist() == [neighbours(area.grid, area.window, slot) for slot in range(h * w)]
+    assert {len(set(row)) for row in table.tolist()} == {min(area.window, h) * min(area.window, w)}
+    assert area.mask().sum() == pairs(area, h * w) == table.numel()
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(AREAS, st.integers(1, 6), st.sampled_from([1, 2]))
+def test_tiles_attend_as_under_the_dense_mask(area: Neighbourhood, side: int, shared: int):
+    torch.manual_seed(0)
+    length = area.grid[0] * area.grid[1]
+    q = torch.randn(2, 2 * shared, length, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    outer = torch.randn_like(q)
+    found = []
+    for mask in (Tiles.of(area, side), area.mask()):
+        out = attend(q, [View(k, v, mask)], 1.0)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), outer)))
+    for one, twin in zip(*found, strict=True):
+        assert torch.allclose(one, twin, rtol=1e-9, atol=1e-12)
+
+
+def test_a_tile_of_one_is_the_index_table_and_larger_ones_skip_work():
+    area = Neighbourhood((16, 16), 7)
+    alone = Tiles.of(area, 1)
+    assert torch.equal(alone.keys, area.table()) and alone.mask is None and alone.pairs == 256 * 49
+    for side in (24, 32, 64):
+        large = Neighbourhood((side, side), 7)
+        (view,) = Packed(Apart(((side**2, large),))).views(0, *torch.zeros(3, 1, 1, side**2, 2))
+        assert isinstance(view.mask, Tiles) and view.mask.pairs == side**2 * (8 + 7 - 1) ** 2
+
+
+def test_fine_levels_see_windows_of_themselves():
+    windows = Windows()
+    assert [windows.own(grid) for grid in ((10, 10), (12, 40), (13, 13))] == [
+        "all",
+        "all",
+        Neighbourhood((13, 13), 7),
+    ]
+    assert Windows(9, least=2).own((3, 9)) == "all"
+    with pytest.raises(UserError, match="window of 4"):
+        Windows(4)
+    plan = ScalePlan(PUBLISHED, windows=windows)
+    last = plan.training_step().sees.own_mask(PUBLISHED.total)[-256:]
+    assert bool(last[:, :-256].all()) and torch.equal(last[:, -256:], Neighbourhood((16, 16), 7).mask())

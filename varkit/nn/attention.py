@@ -8,6 +8,7 @@ different heads without the block knowing. Legend: N = branches x samples, H hea
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,22 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.nn.linear import Linear
+from varkit.nn.neighbourhood import Tiles, worth_tiles
 from varkit.plans.step import Step
-from varkit.plans.visibility import Apart, own_mask
+from varkit.plans.visibility import Apart, Neighbourhood, Own, own_mask
 
 
 @dataclass(frozen=True)
 class View:
     """Keys and values that a group of heads, or a run of queries, attends to.
 
-    k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible; None sees all. heads: the query
-    heads it serves, as a slice or their numbers; None = all. queries: how many it serves, behind those of the views
-    before it, with all heads; None = all.
+    k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible, or the tiles to attend by; None
+    sees all. heads: the query heads it serves, as a slice or their numbers; None = all. queries: how many it serves,
+    behind those of the views before it, with all heads; None = all.
     """
 
     k: Tensor
     v: Tensor
-    mask: Tensor | None = None
+    mask: Tensor | Tiles | None = None
     heads: slice | Tensor | None = None
     queries: int | None = None
 
@@ -77,9 +79,10 @@ class Packed:
         self.own, self.branches = own, branches
         self.counts = None if valid is None else valid.sum(1).repeat(branches)
         self.lengths: tuple[int, ...] | None = None
+        self.masks: list[Tensor | Tiles | None]
         if isinstance(own, Apart) and valid is None:
             self.lengths = own.lengths
-            self.masks = [own_mask(within, n) for n, within in own.runs]
+            self.masks = [_visible(within, n) for n, within in own.runs]
             return
         mask = own.mask() if isinstance(own, Apart) else own
         if valid is not None:
@@ -90,12 +93,13 @@ class Packed:
     @classmethod
     def of(cls, step: Step, branches: int = 1) -> "Packed":
         """The window of a step by itself."""
-        own = step.sees.own
-        mask = own if isinstance(own, Apart) else own_mask(own, len(step.feed))
-        return cls(mask, step.feed.valid, branches)
+        own, length = step.sees.own, len(step.feed)
+        if isinstance(own, Neighbourhood):
+            own = Apart(((length, own),))
+        return cls(own if isinstance(own, Apart) else own_mask(own, length), step.feed.valid, branches)
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
-        self.masks = [m if m is None or m.device == q.device else m.to(q.device) for m in self.masks]
+        self.masks = [m if m is None else m.to(q.device) for m in self.masks]
         if self.lengths is None:
             return [View(k, v, self.masks[0])]
         runs = zip(k.split(self.lengths, dim=2), v.split(self.lengths, dim=2), self.masks, strict=True)
@@ -105,14 +109,20 @@ class Packed:
         return scan(x, None, None if self.counts is None else self.counts.to(x.device))[0]
 
     def narrow(self, hidden: Tensor, ids: Tensor) -> "Packed":
-        mask = self.own.mask() if self.lengths is not None and isinstance(self.own, Apart) else self.masks[0]
+        mask = self.masks[0] if self.lengths is None else self.own.mask()  # type: ignore[union-attr]
         narrow = Packed(None)
-        narrow.masks, narrow.counts = [narrowed(mask, hidden, ids, ids)], self.counts
+        narrow.masks = [narrowed(mask, hidden, ids, ids)]  # type: ignore[arg-type]
+        narrow.counts = self.counts
         return narrow
 
     def _per_branch(self, mask: Tensor | None) -> Tensor | None:
         """(L, L) as it is, (B, L, L) repeated for each branch as (N, 1, L, L)."""
         return mask if mask is None or mask.ndim == 2 else mask[:, None].repeat(self.branches, 1, 1, 1)
+
+
+def _visible(own: Own, length: int) -> Tensor | Tiles | None:
+    """How a run is attended to: by tiles in a large neighbourhood, else under its mask."""
+    return Tiles.of(own) if isinstance(own, Neighbourhood) and worth_tiles(own) else own_mask(own, length)
 
 
 def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
@@ -156,12 +166,20 @@ def _attend_runs(q: Tensor, views: Sequence[View], scale: float | None, dropout:
 
 
 def _attend_view(q: Tensor, view: View, scale: float | None, dropout: float) -> Tensor:
+    if isinstance(view.mask, Tiles):
+        return view.mask.apply(q, view.k, view.v, partial(_attend_tiles, scale=scale, dropout=dropout))
     shared = q.shape[1] != view.k.shape[1]
     if not shared and not dropout and _slow_backward(q, view):
         return _PlainAttention.apply(q, view.k, view.v, view.mask, scale)
     return F.scaled_dot_product_attention(
         q, view.k, view.v, attn_mask=view.mask, dropout_p=dropout, scale=scale, enable_gqa=shared
     )
+
+
+def _attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float
+) -> Tensor:
+    return _attend_view(q, View(k, v, mask), scale, dropout)
 
 
 def _slow_backward(q: Tensor, view: View) -> bool:

@@ -4,7 +4,8 @@ The feed at level k is the canvas's sum of the levels before it, at level k's gr
 coarser (block-causal). The first level has nothing to show: the generator puts its start tokens there.
 
 A level's feed already tells of what is coarser, so attention need not (MVAR, arXiv 2505.12742): with a `history` of h
-levels it sees itself and the h before it, and with none there is nothing to cache.
+levels it sees itself and the h before it, and with none there is nothing to cache. Within a fine level a slot may see
+a `Windows` of it only.
 """
 
 from dataclasses import dataclass
@@ -16,19 +17,44 @@ from varkit.errors import UserError
 from varkit.plans.base import StaticPlan
 from varkit.plans.schedule import Schedule, Side
 from varkit.plans.step import Sees, Slots, Step
+from varkit.plans.visibility import Neighbourhood, Own
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Slots see only the side x side of their own level around them, where its smaller side is at least `least`.
+
+    The defaults are MVAR's: of 256-pixel pictures the two largest levels, 13 and 16, and not that of 10.
+    """
+
+    side: int = 7
+    least: int = 13
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.side % 2 == 0:
+            raise UserError(f"a window of {self.side} has no middle; use an odd side, such as 7")
+
+    def own(self, grid: tuple[int, int]) -> Own:
+        """What the slots of a level see of it."""
+        dense = min(grid) < self.least or max(grid) <= self.side
+        return "all" if dense else Neighbourhood(grid, self.side)
 
 
 class ScalePlan(StaticPlan):
     """One step a level; slot, shown position and target position have the same number.
 
     Coordinates are each level's own rows and columns, or, with `frame`, where these lie on one common grid. history:
-    how many coarser levels a level sees; None: all.
+    how many coarser levels a level sees; None: all. windows: how fine levels see themselves; None: all of them.
     """
 
     def __init__(
-        self, schedule: Schedule, frame: tuple[int, int] | None = None, history: int | None = None
+        self,
+        schedule: Schedule,
+        frame: tuple[int, int] | None = None,
+        history: int | None = None,
+        windows: Windows | None = None,
     ) -> None:
-        self.schedule, self.history = schedule, history
+        self.schedule, self.history, self.windows = schedule, history, windows
         self.coords = schedule.coords if frame is None else framed(schedule, frame)
         super().__init__([self._step(level) for level in range(len(schedule))], schedule.total)
 
@@ -39,10 +65,11 @@ class ScalePlan(StaticPlan):
         return Step.of(feed, target=ids, sees=self._sees(level), writes=self.history != 0, carries=True)
 
     def _sees(self, level: int) -> Sees:
+        own = "all" if self.windows is None else self.windows.own(self.schedule.sides[level])
         if self.history is None:
-            return Sees()
+            return Sees(own)
         first = self.schedule.offsets[max(0, level - self.history)]
-        return Sees(past=torch.arange(first, self.schedule.offsets[level]))
+        return Sees(own, past=torch.arange(first, self.schedule.offsets[level]))
 
 
 def framed(schedule: Schedule, frame: tuple[int, int]) -> Tensor:
@@ -66,12 +93,14 @@ class ScalesConfig:
 
     frame: (rows, columns) of a common grid for positions. ratios: other sizes of pictures may be asked for, those of
     Infinity's table (`varkit.plans.ratios`). history: how many coarser levels a level sees; None: all, 0: none.
+    windows: how fine levels see themselves; None: all of them.
     """
 
     schedule: tuple[Side, ...]
     frame: tuple[int, int] | None = None
     ratios: bool = False
     history: int | None = None
+    windows: Windows | None = None
 
     def __post_init__(self) -> None:
         sides = tuple(s if isinstance(s, int) else tuple(s) for s in self.schedule)
@@ -85,4 +114,4 @@ class ScalesConfig:
 
     def build(self) -> ScalePlan:
         """Make the plan."""
-        return ScalePlan(Schedule.parse(self.schedule), self.frame, self.history)
+        return ScalePlan(Schedule.parse(self.schedule), self.frame, self.history, self.windows)
