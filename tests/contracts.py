@@ -16,6 +16,7 @@ from varkit.decode.state import Options, State
 from varkit.draws import Draws
 from varkit.generators.base import Condition
 from varkit.generators.conditioning import ClassConfig
+from varkit.generators.flexvar import FlexVARConfig
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.mar import MARConfig
@@ -28,12 +29,14 @@ from varkit.heads.diffusion import DiffusionConfig
 from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.plans.base import StaticPlan
+from varkit.plans.flexible import FlexibleScalesConfig
 from varkit.plans.masked import MaskedConfig
 from varkit.plans.raster import RasterConfig
 from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.kl import KLConfig
+from varkit.tokenizers.map_vq import MapVQConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.pixels import PixelsConfig, from_levels, to_levels
 from varkit.tokenizers.vq import VQConfig
@@ -162,6 +165,17 @@ def _mar(condition: ClassConfig | TextConfig, conditions: Callable[[int], Condit
     )
 
 
+def _flexvar(
+    condition: ClassConfig | TextConfig, conditions: Callable[[int], Condition], **options: Any
+) -> Case:
+    conv = replace(
+        _PYRAMID_TOKENIZER.conv, groups=4
+    )  # a map of 1 x 1 has nothing but its channels to normalise over
+    tokenizer = MapVQConfig(conv, vocab_size=24, code_channels=6, schedule=PYRAMID)
+    generator = FlexVARConfig(2, 24, 2, 6, condition, table=8, adaln_init=1.0, **options)
+    return Case(tokenizer, generator, CategoricalConfig(24, 24), FlexibleScalesConfig(PYRAMID), conditions)
+
+
 def _infinity(tokenizer: BitwiseConfig) -> Case:
     text = TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)
     generator = InfinityConfig(2, 24, 2, tokenizer.token_bits, text, gate_init=1.0, modulation_init=0.5)
@@ -175,6 +189,10 @@ CASES: dict[str, Case] = {
     "var-plain-attention": _scales(_var(cosine=False), labels),
     "var-surroundings": _scales(_var(reach=1), labels),
     "var-text": _scales(_var(condition=TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2)), words),
+    "flexvar-class": _flexvar(ClassConfig(5), labels),
+    "flexvar-text": _flexvar(
+        TextConfig(("a", "red", "ring"), length=8, width=16, depth=1, heads=2), words, shared_modulation=True
+    ),
     "infinity-text": _infinity(_BITS),
     "infinity-patches": _infinity(replace(_BITS, patch=2)),
     "llamagen-class": Case(

@@ -16,12 +16,13 @@ from varkit.plans.step import Slots, Step
 
 
 class PyramidCanvas(Canvas):
-    """What is chosen (B, L, ...), inputs (B, L, D), running sum f_hat (B, D, h, w).
+    """What is chosen (B, L, ...), inputs (B, L, D), and f_hat, the running sum (B, D, h, w).
 
     Samples may stand at different levels. `quantizer` names and makes what is chosen (ids, bits), and provides
-    `lookup`, `accumulate` and `next_input` (see tokenizers/residual.py); `show` maps f_hat to images. A step must
-    reveal whole levels. Values may bring `codes` (B, T, D) to be added in place of those looked up (smooth sampling,
-    blended edits); the codes added are kept, so that a rollback can add them again.
+    `lookup`, `accumulate` and `next_input` (`ScaleQuantizer` in tokenizers/residual.py), which say what f_hat is;
+    `show` maps f_hat to images. A step must reveal whole levels. Values may bring `codes` (B, T, D) to be added in
+    place of those looked up (smooth sampling, blended edits); the codes added are kept, so that a rollback can add them
+    again.
     """
 
     def __init__(
@@ -144,4 +145,4 @@ class PyramidCanvas(Canvas):
         return self._tensors
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> "PyramidCanvas":
-        return PyramidCanvas(self.quantizer, 0, self.schedule, self.show, tensors)
+        return type(self)(self.quantizer, 0, self.schedule, self.show, tensors)

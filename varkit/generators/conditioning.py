@@ -83,6 +83,11 @@ class TextCondition(Conditioner):
         self.encoder.initialise()
 
 
+def class_or_text(config: ClassConfig | TextConfig, width: int) -> Conditioner:
+    """The conditioner of a generator of this width that takes either."""
+    return ClassCondition(config, width) if isinstance(config, ClassConfig) else TextCondition(config, width)
+
+
 class ReadingCondition(Conditioner):
     """{"features": (N, T, D), "mask": (N, T) bool} from outside, or {"text": (N, T)} for an encoder trained along.
 

@@ -25,8 +25,8 @@ from varkit.plans.step import Step
 class ScaleTransformer(Generator):
     """`forward` takes {"vectors": (B, L, code_width)} and returns (N, L, C).
 
-    starts: tokens of the first scale. levels: scales that have an embedding. around: what of a map is embedded at each
-    of its slots; by default the vector there.
+    starts: tokens of the first scale. levels: scales that have an embedding, 0 for none. around: what of a map is
+    embedded at each of its slots; by default the vector there.
     """
 
     stacks = ("blocks",)
@@ -42,7 +42,8 @@ class ScaleTransformer(Generator):
         self.around = around
         self.embed = Linear(code_width * (around.places if around else 1), width)
         self.start = nn.Parameter(torch.empty(starts, width))
-        self.level = nn.Embedding(levels, width)
+        if levels:
+            self.level = nn.Embedding(levels, width)
         self.shared_modulation = Linear(width, 6 * width) if block.shared_modulation else None
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(block, width, r) for r in rates)  # type: ignore[assignment]
@@ -51,6 +52,13 @@ class ScaleTransformer(Generator):
     def place(self, ids: Tensor, level: Tensor) -> Tensor:
         """What is added to embedded codes at slots `ids` of scales `level`, both (L,) or (N, L) -> (..., L, C)."""
         return self.level(level)
+
+    def stands(self, step: Step, branches: int, device: torch.device) -> Tensor:
+        """What is added to embedded codes at the step's slots, (L, C) or (N, L, C); by default by number and scale."""
+        ids, level = (
+            per_row(t, 1, branches).to(device) for t in (step.feed.ids.clamp(min=0), step.feed.level)
+        )
+        return self.place(ids, level)
 
     def rotation(self, step: Step, branches: int, device: torch.device) -> Rotation | None:
         """How attention turns queries and keys, if it does."""
@@ -104,9 +112,8 @@ class ScaleTransformer(Generator):
         """(B, L, D) -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
         branches, device = start.shape[0] // vectors.shape[0], self.start.device
         starts = bool((step.feed.shows < 0).any())
-        ids, level, shows = (
-            per_row(t, 1, branches).to(device)
-            for t in (step.feed.ids.clamp(min=0), step.feed.level, step.feed.shows)
+        ids, shows = (
+            per_row(t, 1, branches).to(device) for t in (step.feed.ids.clamp(min=0), step.feed.shows)
         )
         if self.around is not None:
             vectors = self.around(vectors, step.feed.ids.clamp(min=0).to(device))
@@ -114,7 +121,7 @@ class ScaleTransformer(Generator):
         if starts:
             first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]
             h = torch.where((shows < 0)[..., None], first, h)
-        return h + self.place(ids, level)
+        return h + self.stands(step, branches, device)
 
     @torch.no_grad()
     def initialise(self, gate: float, modulation: float = 0.5) -> None:

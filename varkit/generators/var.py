@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.errors import UserError
-from varkit.generators.conditioning import ClassCondition, ClassConfig, Conditioner, TextCondition
+from varkit.generators.conditioning import ClassConfig, class_or_text
 from varkit.generators.scale_transformer import ScaleTransformer
 from varkit.generators.text import TextConfig
 from varkit.heads.categorical import CategoricalConfig
@@ -84,11 +84,7 @@ class VAR(ScaleTransformer):
     def __init__(self, config: VARConfig) -> None:
         schedule = Schedule.parse(config.schedule)
         width = config.width
-        conditioner: Conditioner
-        if isinstance(config.condition, ClassConfig):
-            conditioner = ClassCondition(config.condition, width)
-        else:
-            conditioner = TextCondition(config.condition, width)
+        conditioner = class_or_text(config.condition, width)
         block = BlockConfig(
             width, config.heads, config.mlp_ratio, config.cosine, config.shared_modulation,
             conditioner.memory_width, config.norm_eps,

@@ -11,10 +11,12 @@ from varkit.errors import unknown_name
 PARTS: dict[str, str] = {
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq:MultiScaleVQConfig",
     "Bitwise": "varkit.tokenizers.bitwise:BitwiseConfig",
+    "MapVQ": "varkit.tokenizers.map_vq:MapVQConfig",
     "VQ": "varkit.tokenizers.vq:VQConfig",
     "Pixels": "varkit.tokenizers.pixels:PixelsConfig",
     "KL": "varkit.tokenizers.kl:KLConfig",
     "VAR": "varkit.generators.var:VARConfig",
+    "FlexVAR": "varkit.generators.flexvar:FlexVARConfig",
     "Infinity": "varkit.generators.infinity:InfinityConfig",
     "LlamaGen": "varkit.generators.llamagen:LlamaGenConfig",
     "MAR": "varkit.generators.mar:MARConfig",
@@ -24,6 +26,7 @@ PARTS: dict[str, str] = {
     "DiffusionHead": "varkit.heads.diffusion:DiffusionConfig",
     "LogisticMixtureHead": "varkit.heads.logistic_mixture:LogisticMixtureConfig",
     "scales": "varkit.plans.scales:ScalesConfig",
+    "flexible-scales": "varkit.plans.flexible:FlexibleScalesConfig",
     "raster": "varkit.plans.raster:RasterConfig",
     "masked": "varkit.plans.masked:MaskedConfig",
 }

@@ -17,12 +17,16 @@ from varkit.plans.step import Slots, Step
 class ScalePlan(StaticPlan):
     """One step a level; slot, shown position and target position have the same number.
 
-    Coordinates are each level's own rows and columns, or, with `frame`, where these lie on one common grid.
+    Coordinates are each level's own rows and columns, or, with `frame`, where these lie on one common grid, or `coords`
+    (L, D).
     """
 
-    def __init__(self, schedule: Schedule, frame: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule, frame: tuple[int, int] | None = None, coords: Tensor | None = None
+    ) -> None:
         self.schedule = schedule
-        self.coords = schedule.coords if frame is None else framed(schedule, frame)
+        own = schedule.coords if coords is None else coords
+        self.coords = own if frame is None else framed(schedule, frame)
         super().__init__([self._step(level) for level in range(len(schedule))], schedule.total)
 
     def _step(self, level: int) -> Step:

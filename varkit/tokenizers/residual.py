@@ -6,7 +6,8 @@ With f the encoder's features and f_hat_0 = 0, level k quantises what is still m
 
 so any prefix of levels decodes to a coarse picture, and f_hat is the only state there is: `accumulate` advances it and
 `next_input` reads from it what a generator is fed. All of it runs in float32 whatever the network around it does. What
-is chosen, how a level is brought to the finest grid and what training asks for are a quantizer's own.
+is chosen, how a level is brought to the finest grid and what training asks for are a quantizer's own. The maps of
+`varkit/tokenizers/map_vq.py`, which do not add up, keep the last one in place of the sum (`ScaleQuantizer`).
 Legend: B batch, H W image, h w latent grid, D code channels, K levels, L positions, n positions of a level.
 """
 
@@ -51,8 +52,11 @@ class Statistics(Protocol):
         ...
 
 
-class ResidualQuantizer(nn.Module, ABC):
-    """Features (B, D, h, w) <-> what is chosen at each position, (B, L, ...), which latents call `latent`."""
+class ScaleQuantizer(nn.Module, ABC):
+    """Features (B, D, h, w) <-> what is chosen at each position, (B, L, ...), which latents call `latent`.
+
+    What a canvas keeps while levels are drawn is f_hat: the sum over them, or whatever else `next_input` needs.
+    """
 
     latent: str
     embedding: Codebook | None
@@ -76,24 +80,28 @@ class ResidualQuantizer(nn.Module, ABC):
         """(B, n, ...) -> codes (B, n, D)."""
 
     @abstractmethod
-    def choose(self, residual: Tensor, level: int, schedule: Schedule) -> Tensor:
-        """What stands for the vectors that are missing at a level: residual (B, n, D) -> (B, n, ...)."""
-
-    @abstractmethod
     def zeros(self, batch: int, schedule: Schedule) -> Tensor:
-        """f_hat before any level, (B, D, h, w)."""
+        """f_hat before any level, (B, ...)."""
 
     @abstractmethod
     def accumulate(self, f_hat: Tensor, level: int, codes: Tensor, schedule: Schedule) -> Tensor:
-        """Add one level's codes (B, n, D) to f_hat (B, D, h, w); returns the new f_hat."""
+        """Take one level's codes (B, n, D) into f_hat; returns the new f_hat."""
 
     @abstractmethod
     def next_input(self, f_hat: Tensor, level: int, schedule: Schedule) -> Tensor:
-        """What a generator is fed at `level`: the sum of the levels before it, (B, n, D)."""
+        """What a generator is fed at `level`, made of f_hat after the levels before it: (B, n, D)."""
 
     @abstractmethod
-    def missing(self, rest: Tensor, level: int, schedule: Schedule) -> Tensor:
-        """The features that are not yet there, (B, D, h, w), at a level's grid: (B, n, D)."""
+    def encode(self, f: Tensor, schedule: Schedule) -> Tensor:
+        """Features (B, D, h, w) -> what is chosen, (B, L, ...)."""
+
+    @abstractmethod
+    def features(self, chosen: Tensor, schedule: Schedule, levels: int | None = None) -> Tensor:
+        """What is chosen (B, L, ...), or a prefix that covers `levels` -> features that decode, (B, D, h, w)."""
+
+    @abstractmethod
+    def check(self, f: Tensor, schedule: Schedule) -> Tensor:
+        """f in the quantizer's dtype. Raises `UserError` where its grid does not fit the schedule."""
 
     @abstractmethod
     def forward(self, f: Tensor, schedule: Schedule) -> Quantized:
@@ -105,6 +113,28 @@ class ResidualQuantizer(nn.Module, ABC):
 
     def initialize_codebook(self, f: Tensor, schedule: Schedule, generator: torch.Generator) -> None:
         """Start the codes from features (B, D, h, w), where there are codes to learn."""
+
+    def check_prefix(self, chosen: Tensor, schedule: Schedule, levels: int) -> None:
+        """Raise `UserError` unless chosen (B, L, ...) fills the first `levels` of a schedule that has them."""
+        if not 0 <= levels <= len(schedule):
+            raise UserError(f"levels is {levels}; the schedule {schedule.sides} has 0 to {len(schedule)}")
+        if chosen.shape[1] < schedule.offsets[levels]:
+            raise UserError(
+                f"{chosen.shape[1]} {self.latent} do not fill the first {levels} levels of {schedule.sides}, which "
+                f"take {schedule.offsets[levels]}; give the schedule they were encoded with, or fewer levels"
+            )
+
+
+class ResidualQuantizer(ScaleQuantizer):
+    """f_hat (B, D, h, w) is the sum of the levels, each of which codes what those before it left over."""
+
+    @abstractmethod
+    def choose(self, residual: Tensor, level: int, schedule: Schedule) -> Tensor:
+        """What stands for the vectors that are missing at a level: residual (B, n, D) -> (B, n, ...)."""
+
+    @abstractmethod
+    def missing(self, rest: Tensor, level: int, schedule: Schedule) -> Tensor:
+        """The features that are not yet there, (B, D, h, w), at a level's grid: (B, n, D)."""
 
     def encode(
         self,
@@ -131,13 +161,7 @@ class ResidualQuantizer(nn.Module, ABC):
     def features(self, chosen: Tensor, schedule: Schedule, levels: int | None = None) -> Tensor:
         """What is chosen (B, L, ...), or a prefix that covers `levels` -> f_hat (B, D, h, w)."""
         levels = len(schedule) if levels is None else levels
-        if not 0 <= levels <= len(schedule):
-            raise UserError(f"levels is {levels}; the schedule {schedule.sides} has 0 to {len(schedule)}")
-        if chosen.shape[1] < schedule.offsets[levels]:
-            raise UserError(
-                f"{chosen.shape[1]} {self.latent} do not fill the first {levels} levels of {schedule.sides}, which "
-                f"take {schedule.offsets[levels]}; give the schedule they were encoded with, or fewer levels"
-            )
+        self.check_prefix(chosen, schedule, levels)
         f_hat = self.zeros(len(chosen), schedule)
         for level in range(levels):
             part = chosen[:, schedule.offsets[level] : schedule.offsets[level + 1]]
@@ -165,7 +189,7 @@ class QuantizedTokenizer(Tokenizer):
     def __init__(
         self,
         conv: ConvConfig,
-        quantizer: ResidualQuantizer,
+        quantizer: ScaleQuantizer,
         schedule: Schedule,
         codes: int,
         kernel: int,

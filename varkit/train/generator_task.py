@@ -17,7 +17,7 @@ from varkit.generators.text import TextConfig
 from varkit.heads.base import Head
 from varkit.plans.base import Plan, StaticPlan
 from varkit.tokenizers.base import Latents, Tokenizer
-from varkit.train.lessons import Lessons, WholePlan
+from varkit.train.lessons import HeldOutLessons, Lessons, WholePlan
 from varkit.train.objective import NextStepLoss
 from varkit.train.task import Phase, Task
 from varkit.train.tokens import Tokens
@@ -102,18 +102,24 @@ class NextStepTask(Task):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out loss (nats a token) overall and, when a static plan has few steps, of each."""
+        """Held-out loss (nats a token) overall and, when a static plan has few steps, of each; and on further plans,
+        where the lessons have some.
+        """
         losses = []
+        others: dict[str, list[Tensor]] = {}
         for start in range(0, min(512, len(self.held_out)), 64):
             rows = np.arange(start, min(start + 64, len(self.held_out)))
             latents, condition = self._take(self.held_out, rows)
             losses.append(self.objective.losses(self.lessons.lesson(latents), condition))
+            if isinstance(self.lessons, HeldOutLessons):
+                for name, lesson in self.lessons.held_out(latents).items():
+                    others.setdefault(name, []).append(self.objective.losses(lesson, condition))
         each = torch.cat(losses).mean(dim=0)
         result = {"loss": each.mean().item()}
         if isinstance(self.plan, StaticPlan) and len(self.plan.steps) <= 16:
             sizes = [s.target.shape[-1] for s in self.plan.steps]
             result |= {f"loss_{k}": part.mean().item() for k, part in enumerate(each.split(sizes))}
-        return result
+        return result | {f"loss_over_{name}": torch.cat(x).mean().item() for name, x in others.items()}
 
     def samples(self) -> Image.Image | None:
         """A grid of pictures, if the caller knows how to draw them."""

@@ -6,7 +6,7 @@ Legend: B batch, T targets.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,15 @@ class Lessons(Protocol):
 
     def lesson(self, latents: Latents, step: int | None = None) -> Lesson:
         """The lesson at a training step; None asks for the one that held-out losses are measured on."""
+        ...
+
+
+@runtime_checkable
+class HeldOutLessons(Protocol):
+    """Lessons whose held-out losses are measured on several plans."""
+
+    def held_out(self, latents: Latents) -> dict[str, Lesson]:
+        """Lessons beside the one with no step, by name."""
         ...
 
 
