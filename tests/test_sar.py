@@ -20,7 +20,7 @@ from varkit.train.objective import teacher_forced
 from varkit.train.tokens import Tokens
 
 BATCH = 3
-SCALED = ("var-class", "var-text", "infinity-text", "infinity-patches")
+SCALED = ("var-class", "var-text", "infinity-text", "infinity-patches", "flexvar-class", "flexvar-text")
 
 
 def parts_of(name: str, dtype: torch.dtype = torch.float32):
