@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.contracts import CASES, labels, start
 from tests.test_contracts import force
+from varkit.data.registry import open_dataset
 from varkit.decode.loop import Model, decode, run
 from varkit.decode.state import State
 from varkit.errors import UserError
@@ -29,8 +30,10 @@ from varkit.plans.flexible import (
 from varkit.plans.schedule import Schedule
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.map_vq import MapVQ, MapVQConfig
+from varkit.train.map_task import MapTask
 from varkit.train.objective import NextStepLoss
 from varkit.train.schedule_lessons import ScheduleLessons, ScheduleSampler
+from varkit.train.tokenizer_loss import TokenizerLossConfig
 
 REFERENCE = Path(__file__).parent / "reference"
 CASE = CASES["flexvar-class"]
@@ -316,3 +319,21 @@ def test_the_loss_is_the_mean_over_the_schedules_tokens():
     each = objective.losses(lesson, label)
     assert each.shape == (2, 30)
     assert torch.allclose(objective(lesson, label), each.mean())
+
+
+def test_a_tokenizers_step_takes_the_finest_map_and_random_others():
+    made = tokenizer((1, 2, 3, 5))
+    recipe = TokenizerLossConfig(l1=0.0, l2=1.0, vq=0.0)
+    task = MapTask(made, open_dataset("digits"), recipe, batch_size=2, recipe={}, scales=3)
+    drawn = {task.drawn(step).sides for step in range(20)}
+    assert all(len(sides) == 3 and sides[-1] == (5, 5) for sides in drawn) and len(drawn) > 3
+    assert task.drawn(4) == task.drawn(4)
+    batch = task.batch(0, 0)
+    loss, _ = task.loss("tokenizer", batch, 4)
+    terms = []
+    for (h, w), out in zip(task.drawn(4).sides, made.training_maps(batch, task.drawn(4)), strict=True):
+        terms.append(F.mse_loss(out["reconstruction"], F.adaptive_avg_pool2d(batch, (2 * h, 2 * w))))
+    assert torch.allclose(loss, torch.stack(terms).mean())
+    assert task.after_step(4)["revived"] == 0.0
+    with pytest.raises(UserError, match="6 scales a step"):
+        MapTask(made, open_dataset("digits"), recipe, batch_size=2, recipe={}, scales=6)

@@ -13,6 +13,7 @@ from varkit.hub import fill
 from varkit.hub.verify import Case, verify_case
 
 REFERENCE = Path(__file__).parent / "reference"
+INPUTS = {"labels", "infer_labels", "input_tokens", "sampled_gumbel"}
 QUICK, FULL = "llamagen_tiny_c2i", "var_tiny"
 
 
@@ -31,18 +32,19 @@ def tampered(folder: Path, name: str, change) -> Path:
     return folder / f"{name}.json"
 
 
-@pytest.mark.parametrize("name", ["var_tiny", "var_tiny_shared_aln", "llamagen_tiny_c2i"])
+@pytest.mark.parametrize("name", ["var_tiny", "var_tiny_shared_aln", "llamagen_tiny_c2i", "flexvar_tiny"])
 def test_tiny_cases_pass_and_every_array_is_used(name):
     rows = verify_case(Case.open(REFERENCE / f"{name}.json"))
     assert all(row.passed for row in rows), rows
     with np.load(REFERENCE / f"{name}.npz") as arrays:
         assert {row.array for row in rows} == set(arrays)
-    assert {row.array for row in rows if row.role == "input"} <= {"labels", "input_tokens"}
+    assert {row.array for row in rows if row.role == "input"} <= INPUTS
 
 
 @pytest.mark.slow
-def test_released_size_passes():
-    assert all(outcome(REFERENCE / "var_d16_256.json").values())
+@pytest.mark.parametrize("name", ["var_d16_256", "flexvar_tiny_long", "flexvar_d16_256"])
+def test_released_size_passes(name):
+    assert all(outcome(REFERENCE / f"{name}.json").values())
 
 
 def test_each_wrong_real_array_is_noticed(tmp_path):

@@ -17,6 +17,9 @@ from varkit.plans.step import Step
 BySteps = float | tuple[float, ...]
 """One number for a whole run, or one for each of its steps."""
 
+Ramp = bool | tuple[float, ...]
+"""Whether guidance rises over a run, or how far it has risen at each of its steps."""
+
 
 def by_step(values: Sequence[float], progress: Tensor) -> Tensor:
     """The value of each step, of progress's shape; a list of another length than the plan's is spread evenly."""
@@ -39,13 +42,18 @@ class Guidance:
     """Classifier-free guidance (arXiv 2207.12598), constant, given for each step, or rising from off at the first step
     to `scale` at the last.
 
-    The ramp is VAR's: t grows linearly over the scales, so s_k = 1 + (scale - 1) k / (K - 1).
+    The ramp is VAR's: t grows linearly over the scales, so s_k = 1 + (scale - 1) k / (K - 1). A ramp given as a list
+    says how far it has risen at each step, in place of k / (K - 1); above 1 it goes beyond `scale`.
     """
 
     scale: BySteps = 1.0
-    ramp: bool = False
+    ramp: Ramp = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.ramp, tuple) and not (self.ramp and min(self.ramp) >= 0):
+            raise UserError(
+                f"the ramp {self.ramp} must be a share of at least 0 for each step; e.g. 0, 0.5, 1"
+            )
         if self.ramp and isinstance(self.scale, tuple):
             raise UserError(
                 f"guidance {self.scale} is given for each step, so it cannot be a ramp too; leave one out"
@@ -67,7 +75,8 @@ class Guidance:
         if isinstance(self.scale, tuple):
             s = by_step(self.scale, progress).to(branches.device, branches.dtype)
         elif self.ramp:
-            s = 1 + (self.scale - 1) * progress.to(branches.device, branches.dtype)
+            risen = by_step(self.ramp, progress) if isinstance(self.ramp, tuple) else progress
+            s = 1 + (self.scale - 1) * risen.to(branches.device, branches.dtype)
         else:
             return torch.lerp(null, conditional, self.scale)
         s = s.view(*s.shape, *([1] * (conditional.ndim - s.ndim)))

@@ -30,6 +30,7 @@ from varkit.hub.keymap import (
 from varkit.hub.states import State, build_empty
 from varkit.hub.var import conv_config
 from varkit.plans.schedule import Side
+from varkit.tokenizers.map_vq import MapVQConfig
 from varkit.tokenizers.vq import VQConfig
 
 CLASSES, NULL = "cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"
@@ -146,20 +147,20 @@ def tokenizer_config(state: Mapping[str, Tensor], grid: Side = 16) -> VQConfig:
     return VQConfig(conv, vocab_size, code_channels, grid)
 
 
-def tokenizer_from_published(state: Mapping[str, Tensor], config: VQConfig) -> State:
-    """A published tokenizer's tensors as the state of `VQ`."""
+def tokenizer_from_published(state: Mapping[str, Tensor], config: VQConfig | MapVQConfig) -> State:
+    """A published tokenizer's tensors as the state of `VQ`, or of FlexVAR's, which has the same parts."""
     weights = fuse_qkv({name: tensor for name, tensor in state.items() if name != USAGE})
     ours = build_empty(config.build).state_dict()
     return from_published(weights, ours, _tokenizer_rules(config), "the LlamaGen tokenizer checkpoint")
 
 
-def tokenizer_to_published(state: Mapping[str, Tensor], config: VQConfig) -> State:
+def tokenizer_to_published(state: Mapping[str, Tensor], config: VQConfig | MapVQConfig) -> State:
     """The inverse; the record of the codes last used, which only training knows, is zero."""
     published = split_qkv(to_published(state, _tokenizer_rules(config)))
     return published | {USAGE: torch.zeros(USAGE_SHAPE)}
 
 
-def _tokenizer_rules(config: VQConfig) -> tuple[Rule, ...]:
+def _tokenizer_rules(config: VQConfig | MapVQConfig) -> tuple[Rule, ...]:
     """The published decoder counts its levels from the lowest resolution, ours from the finest, as the encoder's."""
     last = len(config.conv.multipliers) - 1
     turned = [Rule(rf"^decoder\.levels\.{i}\.", f"decoder.conv_blocks.{last - i}.") for i in range(last + 1)]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
-from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer
+from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer, Ramp
 from varkit.decode.loop import Model, decode, run
 from varkit.decode.sampling import Sampler, SmoothSampler
 from varkit.decode.state import Options, Override, State
@@ -51,7 +51,7 @@ class Settings:
     """
 
     guidance: BySteps = 1.0
-    ramp: bool = False
+    ramp: Ramp = False
     temperature: BySteps = 1.0
     top_k: int = 0
     top_p: float = 0.0

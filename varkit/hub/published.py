@@ -1,4 +1,4 @@
-"""Published VAR, LlamaGen, MAR and Infinity checkpoints as whole pipelines and back: what `varkit convert` does.
+"""Published checkpoints of the families below as whole pipelines and back: what `varkit convert` does.
 
 Which file is which is told by its keys, never by its name. On the way out everything that the published layout cannot
 say is refused, by reading the configuration off the written shapes and comparing it with the model's own.
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath, atomic_folder
+from varkit.generators.flexvar import FlexVARConfig
 from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
 from varkit.generators.mar import MARConfig
 from varkit.generators.var import VARConfig
 from varkit.hub import (
+    flexvar,
     infinity,
     llamagen,
     mar,
@@ -46,7 +48,10 @@ OTHERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Family:
-    """How a family's checkpoints are told, read and written. tokenizer, generator: files that users may look for."""
+    """How a family's checkpoints are told, read and written. tokenizer, generator: files that users may look for.
+
+    layout: the family whose tokenizers have the same layout, so that theirs are told by its name.
+    """
 
     states: Callable[[Mapping[str, Any]], dict[str, State]]
     read: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Any]], Pipeline]
@@ -54,6 +59,7 @@ class Family:
     config: type
     tokenizer: str
     generator: str
+    layout: str = ""
 
 
 FAMILIES = {
@@ -64,6 +70,10 @@ FAMILIES = {
     "Infinity": Family(
         infinity.checkpoint_states, published_infinity.pipeline, published_infinity.files, InfinityConfig,
         "infinity_vae_d32reg.pth", "infinity_2b_reg.pth",
+    ),
+    "FlexVAR": Family(
+        flexvar.checkpoint_states, flexvar.pipeline, flexvar.files, FlexVARConfig,
+        flexvar.TOKENIZER_FILE, "FlexVARd16-epo179.pth", layout="LlamaGen",
     ),
     "LlamaGen": Family(
         llamagen.checkpoint_states, published_llamagen.pipeline, published_llamagen.files, LlamaGenConfig,
@@ -137,7 +147,7 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
             given = ", ".join(repr(str(path)) for path in paths) or "nothing"
             example = getattr(FAMILIES[next(iter(families.values()), "VAR")], what)
             raise UserError(f"no {what} is in {given}; give its file too, such as {example}")
-    if families["tokenizer"] != families["generator"]:
+    if families["tokenizer"] not in (families["generator"], FAMILIES[families["generator"]].layout):
         raise UserError(
             f"the tokenizer is {families['tokenizer']}'s and the generator {families['generator']}'s; give the "
             "tokenizer that the generator was trained with"
@@ -148,7 +158,7 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
 def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
     """The family of a file, and the parts in it."""
     checkpoint: Mapping[str, Any] = read_checkpoint(path, mapped)
-    for name in ("MAR", "Infinity", "LlamaGen"):
+    for name in ("MAR", "Infinity", "FlexVAR", "LlamaGen"):
         if states := FAMILIES[name].states(checkpoint):
             return name, _checked(states, path)
     for wrapper in WRAPPERS:

@@ -43,6 +43,12 @@ RELEASED = {
             for size in ("B_256", "L_256", "B_384", "L_384", "XL_384", "XXL_384", "3B_384")
         }
     ),
+    "jiaosiyu1999/FlexVAR": Repository(
+        {
+            f"flexvar_{size}": ("FlexVAE.pth", f"FlexVAR{size}-{epochs}.pth")
+            for size, epochs in (("d16", "epo179"), ("d20", "epo249"), ("d24", "epo349"))
+        }
+    ),
     "peizesun/llamagen_t2i": Repository(
         {
             f"t2i_{stage}": ("vq_ds16_t2i.pt", f"t2i_{stage}.pt")

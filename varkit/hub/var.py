@@ -150,9 +150,8 @@ def generator_configs(
     """
     classes, width = entry(state, "class_emb.weight", "VAR generator").shape
     scale = state.get("blocks.0.attn.scale_mul_1H11")
-    depth = grouped(state, r"blocks\.(\d+)\.")
     config = VARConfig.published(
-        depth,
+        depth_of(state),
         schedule or generator_schedule(state),
         width=width,
         heads=width // HEAD_WIDTH if scale is None else scale.shape[1],
@@ -163,6 +162,11 @@ def generator_configs(
         shared_modulation="shared_ada_lin.1.weight" in state,
     )
     return config, CategoricalConfig(width, entry(state, "head.weight", "VAR generator").shape[0])
+
+
+def depth_of(state: Mapping[str, Tensor]) -> int:
+    """Blocks of a published generator."""
+    return grouped(state, r"blocks\.(\d+)\.")
 
 
 def generator_schedule(state: Mapping[str, Tensor]) -> tuple[int, ...]:

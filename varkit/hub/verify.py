@@ -22,6 +22,7 @@ from varkit.hub.fill import filled_state
 from varkit.hub.states import State
 
 FAMILIES: dict[str, str] = {
+    "flexvar": "varkit.hub.verify_flexvar:verify",
     "infinity": "varkit.hub.verify_infinity:verify",
     "llamagen": "varkit.hub.verify_llamagen:verify",
     "mar": "varkit.hub.verify_mar:verify",

@@ -28,9 +28,6 @@ PUBLISHED: dict[int, tuple[int, ...]] = {
 """Schedules for 256 pixels, by their number of steps."""
 
 PUBLISHED_512 = (*range(1, 11), 12, 14, 16, 23, 32)
-PUBLISHED_SEEN = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 23, 24, 32)
-"""Sides that the published sampler takes for known; maps of others are drawn greedily."""
-
 GROWTH = 1.45
 """By how much sides grow at most from one scale to the next, beyond the trained size (23 / 16 is published)."""
 

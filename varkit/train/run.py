@@ -24,10 +24,12 @@ from varkit.pictures import grid
 from varkit.ranks import current
 from varkit.tokenizers.base import Tokenizer
 from varkit.tokenizers.kl import KL
+from varkit.tokenizers.map_vq import MapVQ
 from varkit.tokenizers.residual import QuantizedTokenizer
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.lessons import WholePlan
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
+from varkit.train.map_task import MapTask
 from varkit.train.progressive import Progressive
 from varkit.train.recipes import Recipe
 from varkit.train.task import Task, TrainConfig
@@ -221,7 +223,8 @@ def _train_tokenizer(
         "batch_size": part.batch_size,
     }
     batch_size = request.micro_batch(part.batch_size)
-    task = ReconstructionTask(tokenizer, dataset, part.loss, batch_size, settings, request.seed)
+    kind = MapTask if isinstance(tokenizer, MapVQ) else ReconstructionTask
+    task = kind(tokenizer, dataset, part.loss, batch_size, settings, request.seed)  # type: ignore[arg-type]
     say("training the tokenizer")
     decoder_share = 0.2 * share if part.decoder is not None else 0.0
     stage(task, request.apply(part.train, share - decoder_share), root / "tokenizer")

@@ -8,6 +8,7 @@ from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
 from varkit.train.recipes.digit_scales import digit_scales
 from varkit.train.recipes.digits import digits, digits_raster
+from varkit.train.recipes.flexvar_digits import flexvar_digits
 from varkit.train.recipes.folder import folder_recipe
 from varkit.train.recipes.infinity_scenes import infinity_scenes
 from varkit.train.recipes.llamagen_scenes import llamagen_scenes
@@ -17,7 +18,7 @@ from varkit.train.recipes.scenes import scenes
 
 __all__ = [
     "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_scales", "digits", "digits_raster", "find_recipe",
-    "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
+    "flexvar_digits", "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
 ]  # fmt: skip
 
 RECIPES = {
@@ -28,6 +29,7 @@ RECIPES = {
     "digits": digits,
     "digits-raster": digits_raster,
     "digit-scales": digit_scales,
+    "flexvar-digits": flexvar_digits,
 }
 
 
