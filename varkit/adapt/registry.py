@@ -10,6 +10,9 @@ METHODS: dict[str, str] = {
     "sar": "varkit.adapt.sar:SAR",
 }
 
+REFERENCES: dict[str, str] = {"sar": "varkit.adapt.verify_sar:verify"}
+"""Families of reference cases about methods, beside those of models (`varkit.hub.verify.FAMILIES`)."""
+
 
 def find_method(name: str) -> type[Method]:
     """The settings' class of a method. Raises `UserError` with the nearest names for an unknown one."""
