@@ -1,7 +1,10 @@
 """SAR: the sheet's checks 1 to 4, what a rollout draws, and which scales the student is taught."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +12,12 @@ from torch import Tensor
 from tests.contracts import CASES, true_latents
 from varkit.adapt.finetune import Finetune
 from varkit.adapt.method import Material
+from varkit.adapt.registry import REFERENCES
 from varkit.adapt.sar import SAR, RefinementLoss, Rollout, redrawn, without_start
 from varkit.canvases.base import gather_positions
+from varkit.cli.main import main
 from varkit.errors import UserError
+from varkit.hub.verify import FAMILIES, Case, verify_case
 from varkit.nn.attention import Packed
 from varkit.plans.join import pack
 from varkit.train.generator_task import Forced, NextStepTask
@@ -19,6 +25,7 @@ from varkit.train.lessons import Lesson, WholePlan
 from varkit.train.objective import teacher_forced
 from varkit.train.tokens import Tokens
 
+REFERENCE = Path(__file__).parent / "reference"
 BATCH = 3
 SCALED = ("var-class", "var-text", "infinity-text", "infinity-patches", "flexvar-class", "flexvar-text")
 
@@ -247,3 +254,24 @@ def test_weights_of_a_lesson_count_for_the_teacher_alone():
     torch.manual_seed(0)
     twice, same = loss.terms(heavier, condition)
     assert torch.allclose(twice, 2 * teacher) and torch.equal(student, same)
+
+
+def test_the_released_trainer_is_reproduced():
+    """Both passes, what is drawn, four rows of losses, and gradients of the first."""
+    case = Case.open(REFERENCE / "sar_tiny.json", FAMILIES | REFERENCES)
+    rows = verify_case(case, FAMILIES | REFERENCES)
+    assert all(row.passed for row in rows), rows
+    assert {row.array for row in rows if row.role == "input"} == {"labels", "gumbel"}
+    assert main(["verify", str(REFERENCE / "sar_tiny.json")]) == 0
+
+
+def test_wrong_losses_and_gradients_are_noticed(tmp_path: Path):
+    shutil.copy(REFERENCE / "sar_tiny.json", tmp_path)
+    with np.load(REFERENCE / "sar_tiny.npz") as stored:
+        arrays = dict(stored)
+    changed = ["losses", "student_logits", "grad_total:head.weight"]
+    for array in changed:
+        arrays[array].flat[-1] += 0.02 * (1 + 50 * array.startswith("grad"))
+    np.savez(tmp_path / "sar_tiny.npz", **arrays)
+    rows = verify_case(Case.open(tmp_path / "sar_tiny.json", FAMILIES | REFERENCES), FAMILIES | REFERENCES)
+    assert sorted(row.array for row in rows if not row.passed) == sorted(changed)
