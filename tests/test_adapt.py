@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,16 +24,24 @@ from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.train.lessons import WholePlan
-from varkit.train.recipes import RECIPES
+from varkit.train.recipes import RECIPES, Recipe
 from varkit.train.tokens import Tokens
 
 class_model = models.class_model
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def few(tmp_path: Path) -> Recipe:
+    """The recipe of tiny digits over forty pictures, which are encoded at once."""
+    images = np.random.default_rng(0).integers(0, 255, (40, 6, 6, 3), np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=np.arange(40) % 10)
+    return replace(tiny_recipe(), dataset=str(tmp_path / "few.npz"))
+
+
+@pytest.fixture
+def tiny(few: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a model of tiny digits that knows its recipe, `tiny`."""
-    monkeypatch.setitem(RECIPES, "tiny", tiny_recipe)
+    monkeypatch.setitem(RECIPES, "tiny", lambda: few)
     pipeline = tiny_pipeline(ClassConfig(10))
     pipeline.about = {"recipe": "tiny", "request": {"recipe": "tiny"}, "steps": 36}
     pipeline.save(tmp_path / "start")
@@ -120,9 +129,9 @@ def test_the_source_is_what_was_asked_for_or_what_the_model_says(tiny: Path):
     assert source_of(load(tiny), "scenes") == "scenes"
 
 
-def test_experiments_train_a_model_from_a_trained_one_and_share_it(tmp_path: Path):
-    store, base = Store(tmp_path), Trained(tiny_recipe())
-    recipe = replace(tiny_recipe(), name="tiny-after")
+def test_experiments_train_a_model_from_a_trained_one_and_share_it(few: Recipe, tmp_path: Path):
+    store, base = Store(tmp_path), Trained(few)
+    recipe = replace(few, name="tiny-after")
     arms = [Trained(recipe, 0, start=base, method=method) for method in (Finetune(), SAR(), SAR(gamma=1.0))]
     second = Trained(recipe, 0, start=arms[0], method=SAR())
     assert len({model.address for model in (base, second, *arms)}) == 5
