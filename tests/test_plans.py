@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varkit.errors import UserError
-from varkit.plans.join import collate, pack
+from varkit.plans.join import collate, only, pack
 from varkit.plans.raster import RasterPlan
 from varkit.plans.scales import ScalePlan
 from varkit.plans.schedule import Schedule
@@ -72,6 +72,19 @@ def test_packing_in_two_parts_equals_packing_at_once(schedule: Schedule, data: s
     joined = pack([first, *steps[cut:]])
     whole = pack(steps)
     assert torch.equal(joined.sees.own, whole.sees.own) and torch.equal(joined.read, whole.read)
+
+
+@given(schedules(), st.data())
+def test_steps_taken_out_of_a_pack_are_those_packed_by_themselves(schedule: Schedule, data: st.DataObject):
+    steps = ScalePlan(schedule).steps
+    turns = sorted(data.draw(st.sets(st.integers(0, len(steps) - 1), min_size=1)))
+    taken, packed = only(pack(steps), turns), pack([steps[t] for t in turns])
+    assert taken.turns == packed.turns
+    for of_step in ("target", "read", "reveal", "turn"):
+        assert torch.equal(getattr(taken, of_step), getattr(packed, of_step))
+    for of_slots in ("ids", "shows", "coords", "level", "segment", "turn"):
+        assert torch.equal(getattr(taken.feed, of_slots), getattr(packed.feed, of_slots))
+    assert torch.equal(taken.sees.own, packed.sees.own)
 
 
 @given(schedules(), st.data())

@@ -21,7 +21,7 @@ from varkit.generators.prompt import TextFeaturesConfig
 from varkit.heads.bits import BitsConfig
 from varkit.hub.pipeline import Pipeline, Settings, load
 from varkit.hub.published import pipeline_from_published, save_published
-from varkit.hub.released import RELEASED, VARIANTS
+from varkit.hub.released import RELEASED, VARIANTS, Repository
 from varkit.plans.ratios import scales
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.tokenizers.conv import ConvConfig
@@ -137,6 +137,21 @@ def test_llamagens_repositories(repository: str, variant: str, tokenizer: str, h
     torch.save({"model": autoencoder}, folder / tokenizer)
     found = Pipeline.from_pretrained(repository, variant)
     assert same(found, pipeline_from_published([folder / f"{variant}.pt", folder / tokenizer]))
+
+
+def test_a_variant_may_have_a_file_in_another_repository(hub: Path, monkeypatch: pytest.MonkeyPatch):
+    """SAR's generators go with FlexVAR's tokenizer; here VAR's stand for both."""
+    here, there = (write_var(hub / "someone" / name, "g.pth") for name in ("here", "there"))
+    (here / TOKENIZER).unlink()
+    released = Repository({"both": (TOKENIZER, "g.pth")}, elsewhere={TOKENIZER: "someone/there"})
+    monkeypatch.setitem(RELEASED, "someone/here", released)
+    found = Pipeline.from_pretrained("someone/here", "both")
+    assert same(found, pipeline_from_published([there / TOKENIZER, here / "g.pth"]))
+    (there / TOKENIZER).unlink()
+    shutil.rmtree(hub.parent / "cache")
+    (hub.parent / "cache").mkdir()
+    with pytest.raises(UserError, match=f"{TOKENIZER} from https://huggingface.co/someone/there/"):
+        Pipeline.from_pretrained("someone/here", "both")
 
 
 def test_a_folder_of_published_files_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -134,7 +134,7 @@ def _measure_cell(part: Part, arm: Arm, seed: int, store: Store, file: Path) -> 
     file.parent.mkdir(parents=True, exist_ok=True)
     pictures = subject.kept.get(PICTURES)
     if pictures is not None:
-        row = grid([Image.fromarray(picture) for picture in pictures[:SHOWN]], columns=SHOWN)
+        row = grid([Image.fromarray(picture) for picture in pictures[:SHOWN]], min(SHOWN, len(pictures)))
         with atomic_write(file.with_suffix(".png")) as temporary:
             row.save(temporary, format="PNG")
     write_json(file, found)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from varkit.errors import UserError
 
 if TYPE_CHECKING:
+    from varkit.adapt.method import Method
     from varkit.hub.pipeline import Pipeline
     from varkit.train.recipes import Recipe
 
@@ -29,6 +30,8 @@ GENERATION = 1
 class Trained:
     """A model that a recipe makes from a seed; with `tokenizer`, over that model's tokenizer (or a bundled one's).
 
+    start, method: a trained model that goes on by a method of post-training (`varkit.adapt`); the recipe's generator
+    then says at which rate and how long, and over which lessons.
     expected: minutes that it takes where the recipe says steps; an estimate, which changes nothing.
     """
 
@@ -36,6 +39,18 @@ class Trained:
     seed: int = 0
     tokenizer: "Trained | str | None" = None
     expected: float | None = field(default=None, compare=False)
+    start: "Trained | None" = None
+    method: "Method | None" = None
+
+    def __post_init__(self) -> None:
+        assert (self.start is None) == (self.method is None), "a start goes on by a method"
+        assert self.start is None or self.tokenizer is None, "the tokenizer is that of the start"
+
+    @property
+    def needs(self) -> "list[Trained]":
+        """Models that have to be trained before it, first ones first."""
+        before = [m for m in (self.tokenizer, self.start) if isinstance(m, Trained)]
+        return [needed for model in before for needed in (*model.needs, model)]
 
     @cached_property
     def address(self) -> str:
@@ -46,16 +61,19 @@ class Trained:
             "seed": self.seed,
             "tokenizer": _tokenizer_address(self.tokenizer),
         }
+        if self.start is not None:
+            kind = type(self.method).__name__
+            made_of["start"] = [self.start.address, kind, asdict(self.method)]  # type: ignore[call-overload]
         text = json.dumps(made_of, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def minutes(self) -> float:
-        """How long its training takes, without that of another model whose tokenizer it uses."""
+        """How long its training takes, without that of other models that it needs."""
         if self.expected is not None:
             return self.expected
         stages = [self.recipe.generator.train]
-        if self.tokenizer is None:
+        if self.tokenizer is None and self.start is None:
             stages += [
                 s for s in (self.recipe.tokenizer.train, self.recipe.tokenizer.decoder) if s is not None
             ]
@@ -84,16 +102,19 @@ class Store:
         return (self.run(model) / "model" / "config.json").is_file()
 
     def missing(self, models: Iterable[Trained]) -> list[Trained]:
-        """What has to be trained for them, tokenizers first, each once."""
+        """What has to be trained for them, what others need first, each once."""
         wanted: dict[str, Trained] = {}
         for model in models:
-            for needed in (model.tokenizer, model):
-                if isinstance(needed, Trained) and not self.has(needed):
+            for needed in (*model.needs, model):
+                if not self.has(needed):
                     wanted.setdefault(needed.address, needed)
         return list(wanted.values())
 
     def train(self, model: Trained, say: Say) -> None:
         """Train the model, going on where an interrupted training stopped."""
+        if model.start is not None:
+            self._adapt(model, model.start, say)
+            return
         from varkit.data.registry import open_dataset
         from varkit.hub.pipeline import WEIGHTS
         from varkit.train.run import Request, train_recipe
@@ -104,6 +125,23 @@ class Store:
         folder = self.run(model)
         begun = (folder / "request.json").is_file()
         train_recipe(request, model.recipe, open_dataset(model.recipe.dataset), folder, begun, say)
+
+    def _adapt(self, model: Trained, start: Trained, say: Say) -> None:
+        from varkit.adapt.registry import name_of
+        from varkit.adapt.run import Adaptation, adapt
+        from varkit.data.registry import open_dataset
+
+        recipe, method, folder = model.recipe, model.method, self.run(model)
+        assert method is not None
+        request = Adaptation(
+            recipe.name,
+            seed=model.seed,
+            start=start.address,
+            method=name_of(method),
+            settings=asdict(method),  # type: ignore[call-overload]
+        )
+        begun = (folder / "request.json").is_file()
+        adapt(request, self.load(start), method, recipe, open_dataset(recipe.dataset), folder, begun, say)
 
     def load(self, model: Trained) -> "Pipeline":
         """The finished model. Raises `UserError` when there is none."""

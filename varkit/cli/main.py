@@ -47,7 +47,9 @@ top, so that `varkit --help` stays quick; whatever needs torch is imported insid
                     part.write_text(loud)
             print_json({"text": loud}) if self.json else print(loud)
 
-and its row in `COMMANDS`: `"shout": "varkit.cli.shout:Shout"`. Errors and exit codes are the runner's.
+and its row in `COMMANDS`: `"shout": "varkit.cli.shout:Shout"`. A command of several methods has a static
+`narrowed(name)` too, which gives the command of the method named first (`varkit adapt sar ...`). Errors and exit codes
+are the runner's.
 """
 
 import importlib
@@ -61,6 +63,7 @@ from varkit.cli.runner import run_guarded
 from varkit.errors import UserError, unknown_name
 
 COMMANDS: dict[str, str] = {
+    "adapt": "varkit.cli.adapt:Adapt",
     "bench": "varkit.cli.bench:Bench",
     "convert": "varkit.cli.convert:Convert",
     "edit": "varkit.cli.edit:Edit",
@@ -109,6 +112,9 @@ def _dispatch(args: list[str]) -> int | None:
     from varkit.cli.arguments import parse, print_help, wants_help
 
     command, prog = _load(name), f"varkit {name}"
+    narrowed = getattr(command, "narrowed", None)
+    if narrowed and options and not options[0].startswith("-"):
+        command, prog, options = narrowed(options[0]), f"{prog} {options[0]}", options[1:]
     if wants_help(options):
         print_help(command, prog)
         return 0

@@ -24,16 +24,18 @@ class Verify:
     """Print one JSON object."""
 
     def run(self) -> int:
+        from varkit.adapt.registry import REFERENCES
         from varkit.errors import UserError
-        from varkit.hub.verify import Case, verify_case
+        from varkit.hub.verify import FAMILIES, Case, verify_case
 
         if not self.cases:
             raise UserError("no case is given; write: varkit verify CASE.json ...")
-        results = []
-        for case in [Case.open(path) for path in self.cases]:  # mistakes in any show before work on the first
+        results, families = [], FAMILIES | REFERENCES
+        # Mistakes in any show before work on the first.
+        for case in [Case.open(path, families) for path in self.cases]:
             log(f"verifying {case.name}")
             started = time.perf_counter()
-            rows = verify_case(case)
+            rows = verify_case(case, families)
             results.append((case, rows, time.perf_counter() - started))
             if not self.json:
                 _print_rows(case.name, rows)

@@ -20,11 +20,12 @@ SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 @dataclass(frozen=True)
 class Repository:
     """variants: the files of each; a folder with a slash at its end stands for all shards in it. addresses: of files
-    that are not on the hub.
+    that are not on the hub. elsewhere: the repositories of files that are in another one.
     """
 
     variants: Mapping[str, tuple[str, ...]]
     addresses: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
 def _var(depth: int) -> tuple[str, ...]:
@@ -54,6 +55,13 @@ RELEASED = {
             f"flexvar_{size}": ("FlexVAE.pth", f"FlexVAR{size}-{epochs}.pth")
             for size, epochs in (("d16", "epo179"), ("d20", "epo249"), ("d24", "epo349"))
         }
+    ),
+    "ZGZzz/SAR": Repository(
+        {
+            f"sar_{size}": ("FlexVAE.pth", f"SAR{size}-{epochs}.pth")
+            for size, epochs in (("d16", "epo179"), ("d20", "epo249"), ("d24", "epo349"))
+        },
+        elsewhere={"FlexVAE.pth": "jiaosiyu1999/FlexVAR"},
     ),
     "peizesun/llamagen_t2i": Repository(
         {
@@ -173,23 +181,35 @@ def _from_repository(name: str, variant: str | None, revision: str | None, dtype
     try:
         if repository.addresses:
             raise _NotFetched("its files are not together in one repository of the Hugging Face hub")
-        patterns = [file + "*" if file.endswith("/") else file for file in files]
-        folder = Path(_fetched(name, revision, patterns))
-        if missing := _missing(folder, files):
-            raise _NotFetched(f"no {' and no '.join(missing)} in its cache or at this revision")
+        found = _found(name, files, revision)
     except _NotFetched as error:
         where = " and ".join(f"{file} from {_address(name, file)}" for file in files)
         raise UserError(
             f"{variant!r} of {name!r} could not be fetched ({error}); fetch {where}, put them into one "
             "folder under these names, and give that folder in place of the name"
         ) from error
-    return from_files(folder, variant, dtype)
+    from varkit.hub.published import pipeline_from_published
+
+    return pipeline_from_published(found, dtype)
+
+
+def _found(name: str, files: Sequence[str], revision: str | None) -> list[Path]:
+    """A variant's files, from the repositories they are in; the revision is of the one named."""
+    homes = {file: RELEASED[name].elsewhere.get(file, name) for file in files}
+    folders = {}
+    for home in dict.fromkeys(homes.values()):
+        patterns = [file + "*" if file.endswith("/") else file for file in files if homes[file] == home]
+        folders[home] = Path(_fetched(home, revision if home == name else None, patterns))
+    if missing := [file for file in files if _missing(folders[homes[file]], (file,))]:
+        raise _NotFetched(f"no {' and no '.join(missing)} in its cache or at this revision")
+    return [path for file in files for path in _expanded(folders[homes[file]], (file,))]
 
 
 def _address(name: str, file: str) -> str:
     """Where a person finds a published file, or a folder of shards."""
     kind = "tree" if file.endswith("/") else "resolve"
-    on_the_hub = f"https://huggingface.co/{name}/{kind}/main/{file.rstrip('/')}"
+    home = RELEASED[name].elsewhere.get(file, name)
+    on_the_hub = f"https://huggingface.co/{home}/{kind}/main/{file.rstrip('/')}"
     return RELEASED[name].addresses.get(file, on_the_hub)
 
 

@@ -7,7 +7,7 @@ regenerated from their names. Every array is an input or is compared: one that i
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ FAMILIES: dict[str, str] = {
     "mar": "varkit.hub.verify_mar:verify",
     "var": "varkit.hub.verify_var:verify",
 }
-"""Family of a case -> the function that runs it."""
+"""Family of a case -> the function that runs it. Rooms that build on this one have families of their own, which a
+caller adds (`varkit.adapt.registry.REFERENCES`)."""
 
 TOLERANCE = 1e-3
 MAX_TIES = 0.005
@@ -64,7 +65,7 @@ class Case:
     rows: list[Row] = field(default_factory=list)
 
     @classmethod
-    def open(cls, path: StrPath) -> "Case":
+    def open(cls, path: StrPath, families: Mapping[str, str] = FAMILIES) -> "Case":
         """Read a case. Raises `UserError` when a file is missing or unreadable, or the family unknown."""
         file = Path(path)
         config = _read_json(file)
@@ -72,8 +73,8 @@ class Case:
             raise UserError(
                 f"{str(file)!r} names no family, so it is not a reference case; give a case's json file"
             )
-        if config["family"] not in FAMILIES:
-            raise unknown_name("family", config["family"], FAMILIES, f"(in {str(file)!r})")
+        if config["family"] not in families:
+            raise unknown_name("family", config["family"], families, f"(in {str(file)!r})")
         return cls(file.stem, config, _read_arrays(file.with_suffix(".npz")))
 
     def entry(self, *keys: str) -> Any:
@@ -139,9 +140,9 @@ class Case:
         self.rows.append(row)
 
 
-def verify_case(case: Case) -> list[Row]:
+def verify_case(case: Case, families: Mapping[str, str] = FAMILIES) -> list[Row]:
     """Run one case through the library and return what became of each array."""
-    module, _, attribute = FAMILIES[case.config["family"]].partition(":")
+    module, _, attribute = families[case.config["family"]].partition(":")
     run: Callable[[Case], None] = getattr(importlib.import_module(module), attribute)
     with torch.no_grad():
         run(case)

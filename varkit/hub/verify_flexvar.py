@@ -41,7 +41,7 @@ TRAINED = 16
 
 def verify(case: Case) -> None:
     """Compare all arrays of a `flexvar` case."""
-    tokenizer, (generator, head) = _tokenizer(case), _generator(case)
+    tokenizer, (generator, head) = published_tokenizer(case), published_model(case)
     images = torch.from_numpy(image_array(tuple(case.entry("image_shape")), case.entry("seed")))
     side = images.shape[-1] // tokenizer.stride
     f = tokenizer.encode_features(images, Schedule.of(side))
@@ -63,7 +63,8 @@ def verify(case: Case) -> None:
     _compare_variants(case, tokenizer, generator, head, asked)
 
 
-def _tokenizer(case: Case) -> MapVQ:
+def published_tokenizer(case: Case) -> MapVQ:
+    """The tokenizer of a case's weights."""
     published = case.state("tokenizer_state")
     config = tokenizer_config(published)
     tokenizer = build_empty(config.build)
@@ -71,7 +72,8 @@ def _tokenizer(case: Case) -> MapVQ:
     return tokenizer.eval()
 
 
-def _generator(case: Case) -> tuple[FlexVAR, CategoricalHead]:
+def published_model(case: Case) -> tuple[FlexVAR, CategoricalHead]:
+    """The generator and head of a case's weights."""
     published = case.state("generator_state")
     configs = generator_configs(published, case.entry("config", "generator", "num_heads"))
     generator, head = build_empty(configs[0].build), build_empty(configs[1].build)
@@ -84,12 +86,12 @@ def _generator(case: Case) -> tuple[FlexVAR, CategoricalHead]:
 def _compare_single(case: Case, tokenizer: MapVQ, f: Tensor, side: int) -> None:
     """One map at the grid of the features, and its picture."""
     one, theirs = Schedule.of(side), case.reference("single_scale_tokens")
-    case.compare_tokens("single_scale_tokens", *_nearest(tokenizer, f, theirs, one))
+    case.compare_tokens("single_scale_tokens", *nearest(tokenizer, f, theirs, one))
     pictures = tokenizer.reconstruct(tokenizer.quantizer.features(theirs, one))
     case.compare("single_scale_reconstruction", pictures[:, :, ::4, ::4])
 
 
-def _nearest(tokenizer: MapVQ, f: Tensor, theirs: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def nearest(tokenizer: MapVQ, f: Tensor, theirs: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Our ids of features (B, D, h, w), and by how much the reference's codes are farther (squared distance)."""
     ids = tokenizer.quantizer.encode(f, schedule)
     wanted = F.normalize(torch.cat([resized(f, side) for side in schedule.sides], dim=1), dim=-1)
@@ -99,7 +101,7 @@ def _nearest(tokenizer: MapVQ, f: Tensor, theirs: Tensor, schedule: Schedule) ->
 
 def _compare_maps(case: Case, tokenizer: MapVQ, f: Tensor, schedule: Schedule, name: str) -> None:
     theirs = case.reference(f"tokens_{name}")
-    case.compare_tokens(f"tokens_{name}", *_nearest(tokenizer, f, theirs, schedule))
+    case.compare_tokens(f"tokens_{name}", *nearest(tokenizer, f, theirs, schedule))
     if schedule.sides != Schedule.of(*case.entry("schedules")[0]).sides:
         return
     for level, (side, _) in enumerate(schedule.sides):

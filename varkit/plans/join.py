@@ -1,7 +1,7 @@
 """Joining steps: `pack` puts consecutive steps of a plan into one, `collate` puts samples at different steps into one.
 
 Packing all steps makes the training sequence with its mask, packing a few makes a verification window over the cache,
-and packing the first k makes the uncached twin of cached decoding.
+and packing the first k makes the uncached twin of cached decoding; `only` takes some steps out of a pack.
 Legend: B batch, L slots of a step, T targets, S slot ids named by a mask.
 """
 
@@ -57,6 +57,37 @@ def pack(steps: Sequence[Step]) -> Step:
         turns=sum(s.turns for s in steps),
         carries=all(s.writes or s.carries for s in steps),
         guided=steps[0].guided,
+    )
+
+
+def only(step: Step, turns: Sequence[int]) -> Step:
+    """Of a pack that all samples share, the steps `turns`, in their order, as if the others had never been taken.
+
+    Each sees of the others what it saw of them in the pack.
+    """
+    assert step.feed.turn is not None and step.turn is not None, "only a pack can be taken apart"
+    assert step.feed.ids.ndim == 1 and step.sees.whole_past, "samples that differ have packs of their own"
+    wanted, turn = torch.tensor(turns), step.feed.turn
+    slots, targets = torch.isin(turn, wanted), torch.isin(step.turn, wanted)
+    f, own = step.feed, step.sees.own_mask(len(step.feed))
+    feed = Slots(
+        f.ids[slots],
+        f.shows[slots],
+        f.coords[slots],
+        f.level[slots],
+        f.segment[slots],
+        None if f.time is None else f.time[slots],
+        torch.searchsorted(wanted, turn[slots]),
+    )
+    return replace(
+        step,
+        feed=feed,
+        target=step.target[targets],
+        read=(slots.cumsum(0) - 1)[step.read[targets]],
+        reveal=step.reveal[targets],
+        sees=Sees("all" if own is None else own[slots][:, slots]),
+        turn=torch.searchsorted(wanted, step.turn[targets]),
+        turns=len(turns),
     )
 
 

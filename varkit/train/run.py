@@ -32,7 +32,7 @@ from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.map_task import MapTask
 from varkit.train.progressive import Progressive
 from varkit.train.recipes import Recipe
-from varkit.train.task import TrainConfig
+from varkit.train.task import Task, TrainConfig
 from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens, encode
 
@@ -97,51 +97,66 @@ def train_recipe(
     """Train both stages in the folder `out`; with `resume`, go on where it stopped. Returns the finished model's
     folder. Under `varkit.ranks.together` all processes call this, and the first writes.
     """
-    root, ranks = Path(out), current()
-    if ranks.first:
+    root = Path(out)
+    if current().first:
         check_run(root, request, resume)
     given = _given_tokenizer(request.tokenizer, type(recipe.tokenizer.config)) if request.tokenizer else None
-    if ranks.first and not resume:
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(root / "request.json", asdict(request))
-    if not ranks.first:
-        say = _silent
-    torch.manual_seed(request.seed)
+    say = begin(root, request, resume, say)
     share = 0.0 if given or recipe.tokenizer.train is None else recipe.tokenizer.share
     tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
-    say("encoding pictures")
-    train_part, held_out = dataset.split("train"), dataset.split("validation")
-    wanted = (
-        recipe.generator.pictures
-        if train_part.size is None
-        else max(train_part.size, recipe.generator.pictures)
-    )
-    tokens = _encoded(tokenizer, train_part, wanted, root / "tokens")
-    source = held_out if held_out.size != 0 else train_part
-    count = HELD_OUT if source.size is None else min(HELD_OUT, source.size)
-    validation = _encoded(tokenizer, source, count, root / "tokens-validation")
+    tokens, validation = encoded(tokenizer, dataset, recipe.generator.pictures, root, say)
     further = recipe.generator.further
     left = (1 - share) * (1 - further.share if further else 1)
     pipeline, result = _train_generator(request, recipe, tokenizer, tokens, validation, root, left, say)
-    metrics = dict(result.metrics)
     if further is not None:
-        data = (tokens, validation)
-        metrics |= _train_further(request, recipe, pipeline, data, root, (1 - share) * further.share, say)
-    pipeline.about = {
+        left, data = (1 - share) * further.share, (tokens, validation)
+        result.metrics.update(_train_further(request, recipe, pipeline, data, root, left, say))
+    return finish(pipeline, request, recipe, result, root, say)
+
+
+def begin(root: Path, request: Request, resume: bool, say: Say) -> Say:
+    """Write down what is asked for in a checked folder, and seed torch. Returns what this process says."""
+    ranks = current()
+    if ranks.first and not resume:
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "request.json", asdict(request))
+    torch.manual_seed(request.seed)
+    return say if ranks.first else _silent
+
+
+def finish(
+    pipeline: Pipeline, request: Request, recipe: Recipe, result: Result, root: Path, say: Say, **about: Any
+) -> Path:
+    """Save the trained model with what is told about it; returns its folder."""
+    told = {
         "recipe": recipe.name,
         "request": asdict(request),
         "steps": result.step,
-        "metrics": metrics,
+        "metrics": result.metrics,
     }
-    if ranks.first:
+    pipeline.about = told | about
+    if current().first:
         pipeline.save(root / "model", replace=True)
-    ranks.wait()
+    current().wait()
     say(f"the model is in {root}; try: varkit generate --model {root}")
     return root / "model"
 
 
 def _silent(text: str) -> None:
     """What every process but the first says."""
+
+
+def encoded(
+    tokenizer: Tokenizer, dataset: Dataset, pictures: int, root: Path, say: Say
+) -> tuple[Tokens, Tokens]:
+    """A data set's pictures to train on, at least as many as asked for, and held-out ones, encoded once."""
+    say("encoding pictures")
+    train_part, held_out = dataset.split("train"), dataset.split("validation")
+    wanted = pictures if train_part.size is None else max(train_part.size, pictures)
+    tokens = _encoded(tokenizer, train_part, wanted, root / "tokens")
+    source = held_out if held_out.size != 0 else train_part
+    count = HELD_OUT if source.size is None else min(HELD_OUT, source.size)
+    return tokens, _encoded(tokenizer, source, count, root / "tokens-validation")
 
 
 def _encoded(tokenizer: Tokenizer, dataset: Dataset, count: int, folder: Path) -> Tokens:
@@ -158,7 +173,7 @@ def check_run(out: StrPath, request: Request, resume: bool) -> None:
     root = Path(out)
     if resume:
         # A setting that came later than the run had its default then.
-        before = asdict(Request(request.recipe)) | _begun_with(root)
+        before = asdict(type(request)(request.recipe)) | _begun_with(root)
         asked = asdict(request)
         changed = [
             f"{k} (was {before.get(k)!r}, now {v!r})"
@@ -217,13 +232,13 @@ def _train_tokenizer(
     task = kind(tokenizer, dataset, part.loss, batch_size, settings, request.seed)  # type: ignore[arg-type]
     say("training the tokenizer")
     decoder_share = 0.2 * share if part.decoder is not None else 0.0
-    _stage(task, request.apply(part.train, share - decoder_share), root / "tokenizer")
+    stage(task, request.apply(part.train, share - decoder_share), root / "tokenizer")
     tokenizer.load_state_dict(load_run(root / "tokenizer")["tokenizer"])
     if part.decoder is not None:
         assert isinstance(tokenizer, QuantizedTokenizer), "only decoders of quantised features go on alone"
         say("training its decoder further")
         polish = DecoderTask(tokenizer, dataset, batch_size, settings, request.seed)
-        _stage(polish, request.apply(part.decoder, decoder_share), root / "decoder")
+        stage(polish, request.apply(part.decoder, decoder_share), root / "decoder")
         averaged = load_run(root / "decoder")
         tokenizer.decoder.load_state_dict(averaged["decoder"])
         tokenizer.post_quant_conv.load_state_dict(averaged.get("post_quant_conv", {}))
@@ -258,7 +273,7 @@ def _train_generator(
         assert isinstance(lessons, WholePlan), "only whole plans grow scale by scale"
         task.recipe["progressive_steps"] = train_config.steps  # what was done depends on the end
         lessons.progressive = Progressive.over(len(lessons.plan.steps), train_config, part.progressive)
-    result = _stage(task, train_config, root / "generator", request.shard)
+    result = stage(task, train_config, root / "generator", request.shard)
     averaged = load_run(root / "generator")
     if request.shard:
         pipeline = assembled()
@@ -286,7 +301,7 @@ def _train_further(
     lessons = part.teach(pipeline.tokenizer, pipeline.model.plan)
     task = _task(request, recipe, pipeline, data, lessons, part.batch_size, part.route)
     say(f"training further: {part.name}")
-    result = _stage(task, request.apply(part.train, share), root / part.name, request.shard)
+    result = stage(task, request.apply(part.train, share), root / part.name, request.shard)
     averaged = load_run(root / part.name)
     generator.load_state_dict(averaged["generator"])
     heads[part.route].load_state_dict(averaged["head"])
@@ -316,7 +331,7 @@ def _task(
     parts = Forced(pipeline.tokenizer, pipeline.generator, model.heads[route], model.plan, lessons)
     return NextStepTask(
         parts, tokens, held_out, request.micro_batch(batch_size), settings, request.seed,
-        recipe.generator.condition_drop, draw=lambda: _sheet(pipeline, recipe.prompts),
+        recipe.generator.condition_drop, draw=lambda: sheet(pipeline, recipe.prompts),
     )  # fmt: skip
 
 
@@ -329,13 +344,13 @@ def _with_steps(task: NextStepTask, config: TrainConfig, folder: Path) -> TrainC
     return replace(config, steps=current().told(steps))
 
 
-def _stage(task: Any, config: TrainConfig, folder: Path, sharded: bool = False) -> Result:
+def stage(task: Task, config: TrainConfig, folder: Path, sharded: bool = False) -> Result:
     """Train, going on when the stage has begun before."""
     begun = current().told((folder / "config.json").exists())
     return train(task, config, folder, resume=begun, sharded=sharded)
 
 
-def _sheet(pipeline: Pipeline, prompts: Sequence[str | int]) -> Image.Image:
+def sheet(pipeline: Pipeline, prompts: Sequence[str | int]) -> Image.Image:
     """Two samples a prompt, in columns."""
     modules = [pipeline.generator, pipeline.model.heads["main"]]
     training = [m.training for m in modules]  # type: ignore[union-attr]

@@ -1,0 +1,173 @@
+"""Post-training: a trained model goes on by a method, from Python, the command line and experiments."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import models
+from tests.contracts import CASES, true_latents
+from tests.models import tiny_pipeline, tiny_recipe
+from varkit import load
+from varkit.adapt.exposure import exposure
+from varkit.adapt.finetune import Finetune
+from varkit.adapt.registry import METHODS, find_method, name_of
+from varkit.adapt.run import check_condition, follow_up, source_of, steps_behind
+from varkit.adapt.sar import SAR
+from varkit.catalog.models import Store, Trained
+from varkit.cli.adapt import Adapt
+from varkit.cli.main import main
+from varkit.errors import UserError
+from varkit.generators.conditioning import ClassConfig
+from varkit.generators.text import TextConfig
+from varkit.train.lessons import WholePlan
+from varkit.train.recipes import RECIPES, Recipe
+from varkit.train.tokens import Tokens
+
+class_model = models.class_model
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Recipe:
+    """The recipe of tiny digits over forty pictures, which are encoded at once."""
+    images = np.random.default_rng(0).integers(0, 255, (40, 6, 6, 3), np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=np.arange(40) % 10)
+    return replace(tiny_recipe(), dataset=str(tmp_path / "few.npz"))
+
+
+@pytest.fixture
+def tiny(few: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a model of tiny digits that knows its recipe, `tiny`."""
+    monkeypatch.setitem(RECIPES, "tiny", lambda: few)
+    pipeline = tiny_pipeline(ClassConfig(10))
+    pipeline.about = {"recipe": "tiny", "request": {"recipe": "tiny"}, "steps": 36}
+    pipeline.save(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    pipeline = load(folder)
+    return {f"{n}.{k}": v for n in ("generator", "head") for k, v in pipeline.parts[n].state_dict().items()}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_goes_on_with_a_model(name: str, tiny: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    assert main(["adapt", name, str(tiny), "--out", str(out), "--seed", "3"]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "model")
+    before, after = weights(tiny), weights(out)
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    made, start = load(out), load(tiny)
+    same = made.tokenizer.state_dict()
+    assert all(torch.equal(v, same[k]) for k, v in start.tokenizer.state_dict().items())
+    assert made.about["steps"] == max(1, round(36 * find_method(name).share))
+    assert made.about["start"]["steps"] == 36 and steps_behind(made.about) == 36
+    assert made.about["request"]["method"] == name and made.about["request"]["seed"] == 3
+    assert len(made.generate([0, 1], seed=0)) == 2
+    assert list((out / "generator" / "samples").iterdir())
+    assert f"{name} (" in (Adapt.__doc__ or "")
+
+
+def test_a_run_resumes_with_the_same_settings_alone(tiny: Path, tmp_path: Path, capsys):
+    words = ["adapt", "sar", str(tiny), "--out", str(tmp_path / "run"), "--steps", "2"]
+    assert main([*words, "--gamma", "0.1"]) == 0
+    once = weights(tmp_path / "run")
+    assert main([*words, "--gamma", "0.1"]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    assert main([*words, "--gamma", "0.2", "--resume"]) == 2
+    assert "started with other settings: settings" in capsys.readouterr().err
+    assert main([*words, "--gamma", "0.1", "--resume"]) == 0
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(once[k], again[k]) for k in once)
+    told = json.loads((tmp_path / "run" / "request.json").read_text())
+    assert told["settings"]["gamma"] == 0.1 and told["start"] == str(tiny)
+
+
+def test_a_model_of_other_pictures_is_told_by_name(tiny: Path, class_model: Path, tmp_path: Path, capsys):
+    out = str(tmp_path / "run")
+    assert main(["adapt", "finetune", str(class_model), "--out", out]) == 2
+    assert "does not say what it was trained on" in capsys.readouterr().err
+    assert main(["adapt", "finetune", str(class_model), "--data", "tiny", "--out", out]) == 2
+    assert "does not say how long it was trained" in capsys.readouterr().err
+    assert main(["adapt", "finetune", str(class_model), "--data", "tiny", "--out", out, "--steps", "1"]) == 2
+    assert "have the label 9, and this model knows 3 classes" in capsys.readouterr().err
+    assert main(["adapt", "finetune", str(tiny), "--out", out, "--lr", "2"]) == 2
+    assert "--lr is 2.0" in capsys.readouterr().err
+    with pytest.raises(UserError, match="captions"):
+        check_condition(TextConfig(("a",)), Tokens({"ids": torch.zeros(1, 2).numpy()}), "digits")
+
+
+def test_mistakes_on_the_command_line_are_one_line(capsys):
+    for words, line in (
+        (["adapt"], "missing: MODEL, --out PATH"),
+        (["adapt", "sra", "digits"], "unknown method 'sra'; did you mean 'sar'?"),
+        (["adapt", "--out", "x", "digits"], "no method is named before 'digits'"),
+        (["adapt", "sar", "digits", "--out", "x", "--gama", "1"], "did you mean '--gamma'"),
+        (["adapt", "sar", "digits", "--out", "x", "--target", "hard"], "invalid choice 'hard'"),
+    ):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1
+    assert main(["adapt", "sar", "--help"]) == 0
+    assert "--gamma" in capsys.readouterr().out
+
+
+def test_a_follow_up_takes_its_share_of_rate_and_steps():
+    recipe, method = tiny_recipe(), SAR()
+    short = follow_up(recipe, method, 180)
+    assert short.generator.train.steps == 10 and short.generator.train.minutes is None
+    assert short.generator.train.lr == pytest.approx(0.1 * recipe.generator.train.lr)
+    assert short.name == "tiny-sar" and name_of(method) == "sar"
+    assert follow_up(recipe, Finetune(), None).generator.train.steps is None
+
+
+def test_the_source_is_what_was_asked_for_or_what_the_model_says(tiny: Path):
+    assert source_of(load(tiny), None) == "tiny"
+    assert source_of(load(tiny), "scenes") == "scenes"
+
+
+def test_experiments_train_a_model_from_a_trained_one_and_share_it(few: Recipe, tmp_path: Path):
+    store, base = Store(tmp_path), Trained(few)
+    recipe = replace(few, name="tiny-after")
+    arms = [Trained(recipe, 0, start=base, method=method) for method in (Finetune(), SAR(), SAR(gamma=1.0))]
+    second = Trained(recipe, 0, start=arms[0], method=SAR())
+    assert len({model.address for model in (base, second, *arms)}) == 5
+    assert store.missing([second]) == [base, arms[0], second]
+    tiny_pipeline(ClassConfig(10)).save(store.run(base) / "model")
+    assert store.missing([arms[1]]) == [arms[1]]
+    store.train(arms[1], lambda text: None)
+    assert not store.missing([arms[1]])
+    made = store.load(arms[1])
+    assert made.about["request"]["start"] == base.address
+    shared = store.load(base).tokenizer.state_dict()
+    assert all(torch.equal(v, shared[k]) for k, v in made.tokenizer.state_dict().items())
+
+
+def test_addresses_of_plain_models_do_not_know_of_starts():
+    """A model trained before there were post-trainings is found again."""
+    assert Trained(tiny_recipe()).address == Trained(tiny_recipe(), start=None, method=None).address
+    with pytest.raises(AssertionError):
+        Trained(tiny_recipe(), start=Trained(tiny_recipe()))
+
+
+@pytest.mark.parametrize("name", ["var-class", "infinity-text"])
+def test_exposure_is_nothing_at_the_first_scale_and_for_a_model_that_is_always_right(name: str):
+    case = CASES[name]
+    tokenizer, model = case.build()
+    lesson = WholePlan(tokenizer, model.plan).lesson(true_latents(tokenizer, model, 3))
+    condition = {k: v[0] for k, v in case.conditions(3).items()}
+    head = model.heads["main"]
+    found = exposure(model.generator, head, lesson, condition)
+    assert found.gaps[0] == 0 and len(found.gaps) == len(model.plan.steps)
+    assert all(gap != 0 for gap in found.gaps[1:])
+    total = sum(gap * size for gap, size in zip(found.gaps, found.sizes, strict=True))
+    assert found.gap == pytest.approx(total / sum(found.sizes[1:]))
+
+    def right(generator, head, lesson, condition, h):
+        return {k: v[:, lesson.step.target] for k, v in lesson.targets.items()}
+
+    sure = exposure(model.generator, head, lesson, condition, right)  # type: ignore[arg-type]
+    assert sure.gaps == (0.0,) * len(found.gaps) and sure.teacher == found.teacher
