@@ -29,13 +29,15 @@ GENERATION = 1
 class Trained:
     """A model that a recipe makes from a seed; with `tokenizer`, over that model's tokenizer (or a bundled one's).
 
-    expected: minutes that it takes where the recipe says steps; an estimate, which changes nothing.
+    start: a model whose tokenizer it uses and whose weights it goes on from. expected: minutes that it takes where the
+    recipe says steps; an estimate, which changes nothing.
     """
 
     recipe: "Recipe"
     seed: int = 0
     tokenizer: "Trained | str | None" = None
     expected: float | None = field(default=None, compare=False)
+    start: "Trained | None" = None
 
     @cached_property
     def address(self) -> str:
@@ -46,8 +48,16 @@ class Trained:
             "seed": self.seed,
             "tokenizer": _tokenizer_address(self.tokenizer),
         }
+        if self.start is not None:
+            made_of["start"] = self.start.address
         text = json.dumps(made_of, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def needs(self) -> "list[Trained]":
+        """Models that have to be trained before it, first ones first."""
+        before = [m for m in (self.tokenizer, self.start) if isinstance(m, Trained)]
+        return [needed for model in before for needed in (*model.needs, model)]
 
     @property
     def minutes(self) -> float:
@@ -55,7 +65,7 @@ class Trained:
         if self.expected is not None:
             return self.expected
         stages = [self.recipe.generator.train]
-        if self.tokenizer is None:
+        if self.tokenizer is None and self.start is None:
             stages += [
                 s for s in (self.recipe.tokenizer.train, self.recipe.tokenizer.decoder) if s is not None
             ]
@@ -87,8 +97,8 @@ class Store:
         """What has to be trained for them, tokenizers first, each once."""
         wanted: dict[str, Trained] = {}
         for model in models:
-            for needed in (model.tokenizer, model):
-                if isinstance(needed, Trained) and not self.has(needed):
+            for needed in (*model.needs, model):
+                if not self.has(needed):
                     wanted.setdefault(needed.address, needed)
         return list(wanted.values())
 
@@ -100,7 +110,8 @@ class Store:
 
         source = model.tokenizer
         tokenizer = str(self.run(source)) if isinstance(source, Trained) else source and str(WEIGHTS / source)
-        request = Request(model.recipe.name, tokenizer=tokenizer, seed=model.seed)
+        start = None if model.start is None else str(self.run(model.start))
+        request = Request(model.recipe.name, tokenizer=tokenizer, seed=model.seed, start=start)
         folder = self.run(model)
         begun = (folder / "request.json").is_file()
         train_recipe(request, model.recipe, open_dataset(model.recipe.dataset), folder, begun, say)

@@ -12,12 +12,14 @@ from varkit.train.recipes.folder import folder_recipe
 from varkit.train.recipes.infinity_scenes import infinity_scenes
 from varkit.train.recipes.llamagen_scenes import llamagen_scenes
 from varkit.train.recipes.mar_scenes import mar_scenes
+from varkit.train.recipes.markov_digits import markov_digits, markov_digits_mixed
 from varkit.train.recipes.recipe import GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
 
 __all__ = [
     "RECIPES", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_scales", "digits", "digits_raster", "find_recipe",
-    "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "scenes",
+    "folder_recipe", "infinity_scenes", "llamagen_scenes", "mar_scenes", "markov_digits", "markov_digits_mixed",
+    "scenes",
 ]  # fmt: skip
 
 RECIPES = {
@@ -28,6 +30,8 @@ RECIPES = {
     "digits": digits,
     "digits-raster": digits_raster,
     "digit-scales": digit_scales,
+    "markov-digits": markov_digits,
+    "markov-digits-mixed": markov_digits_mixed,
 }
 
 
