@@ -1,14 +1,12 @@
 """MVAR (arXiv 2505.12742): the exact checks of scales that see only themselves, and of windows within fine ones."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.contracts import CASES, start, true_latents
 from tests.test_contracts import filled
-from varkit.catalog.costs import Work, peak_memory, seconds
 from varkit.decode.loop import decode
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
@@ -120,33 +118,3 @@ def test_pairs_of_the_published_schedule():
         assert counted[-1] == int(plan.training_step().sees.own_mask(PUBLISHED.total).sum())
     assert counted == [286_434, 110_468, 16_371 + 49 * 425] and counted[-1] == 37_196
     assert [round(100 * n / counted[0], 1) for n in counted[1:]] == [38.6, 13.0]
-
-
-def test_costs_of_a_small_model_are_measured():
-    """What the experiment measures at published sizes, here at tiny ones."""
-    schedule = (1, 2, 4)
-    works = {
-        history: Work(ScalesConfig(schedule, history=history), depth=2, width=32, batch=2)
-        for history in (None, 0)
-    }
-    assert works[0].carried() == 0
-    assert (
-        works[None].carried() == 1e-6 * 2 * 2 * 2 * 2 * 21 * 32 * 4
-    )  # k, v; layers; branches; pictures; bytes
-    assert all(
-        0 < s < 10 for s in seconds([*works.values(), replace(works[0], train=True, mixed=True)], rounds=1)
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process's memory"
-)
-def test_decoding_without_a_cache_takes_less_memory():
-    schedule = (1, 2, 4, 8, 16)
-    var, markov = (
-        peak_memory(Work(ScalesConfig(schedule, history=history), depth=8, width=128, batch=8))
-        for history in (None, 0)
-    )
-    cache = 1e-6 * 2 * 8 * 2 * 8 * 341 * 128 * 4
-    assert var - markov > 0.7 * cache

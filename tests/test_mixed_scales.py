@@ -88,16 +88,24 @@ def markov(**changes) -> Recipe:
     )
 
 
-def test_mvar_goes_on_from_vars_weights(tmp_path: Path):
+@pytest.fixture(scope="module")
+def var(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained VAR."""
+    folder = tmp_path_factory.mktemp("trained") / "var"
+    train_recipe(
+        Request("tiny", steps=1), tiny_recipe(), open_dataset("digits"), folder, say=lambda text: None
+    )
+    return folder
+
+
+def test_mvar_goes_on_from_vars_weights(var: Path, tmp_path: Path):
     """The same parameters: after no step worth the name, the weights are those it began with; and it draws."""
-    dataset = open_dataset("digits")
-    train_recipe(Request("tiny", steps=2), tiny_recipe(), dataset, tmp_path / "var", say=lambda text: None)
     slow = markov(train=replace(tiny_recipe().generator.train, lr=1e-12), teach=MixedScalesOfTwo)
-    request = Request("tiny-markov", steps=2, start=str(tmp_path / "var"))
-    train_recipe(request, slow, dataset, tmp_path / "markov", say=lambda text: None)
-    var, mvar = load(tmp_path / "var"), load(tmp_path / "markov")
+    request = Request("tiny-markov", steps=2, start=str(var))
+    train_recipe(request, slow, open_dataset("digits"), tmp_path / "markov", say=lambda text: None)
+    base, mvar = load(var), load(tmp_path / "markov")
     for part in ("tokenizer", "generator", "head"):
-        theirs = var.parts[part].state_dict()
+        theirs = base.parts[part].state_dict()
         assert all(torch.allclose(v, theirs[k], atol=1e-9) for k, v in mvar.parts[part].state_dict().items())
     assert mvar.configs["plan"] == slow.generator.parts["plan"]
     assert len(mvar.generate([1, 2], seed=0)) == 2
@@ -112,15 +120,13 @@ class MixedScalesOfTwo(MixedScales):
         super().__init__(tokenizer, plan, coarse=1, alone=1)
 
 
-def test_from_brings_its_own_tokenizer_and_must_fit(tmp_path: Path):
+def test_from_brings_its_own_tokenizer_and_must_fit(var: Path, tmp_path: Path):
     with pytest.raises(UserError, match="both --from a and --tokenizer b"):
         Request("digits", tokenizer="b", start="a")
-    dataset = open_dataset("digits")
-    train_recipe(Request("tiny", steps=1), tiny_recipe(), dataset, tmp_path / "var", say=lambda text: None)
     deeper = markov(config=replace(tiny_recipe().generator.config, depth=3))
     with pytest.raises(UserError, match="the generator of .* does not fit"):
         train_recipe(
-            Request("tiny-markov", steps=1, start=str(tmp_path / "var")), deeper, dataset, tmp_path / "out",
+            Request("tiny-markov", start=str(var)), deeper, open_dataset("digits"), tmp_path / "out",
             say=lambda text: None,
         )  # fmt: skip
 
