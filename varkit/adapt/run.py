@@ -35,7 +35,6 @@ class Adaptation(Request):
     recipe's.
     """
 
-    start: str = ""
     method: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None

@@ -30,8 +30,8 @@ GENERATION = 1
 class Trained:
     """A model that a recipe makes from a seed; with `tokenizer`, over that model's tokenizer (or a bundled one's).
 
-    start, method: a trained model that goes on by a method of post-training (`varkit.adapt`); the recipe's generator
-    then says at which rate and how long, and over which lessons.
+    start: a model whose tokenizer it uses and whose weights it goes on from: as the recipe says, or by a `method` of
+    post-training (`varkit.adapt`), for which the recipe's generator says at which rate, how long and over which lessons.
     expected: minutes that it takes where the recipe says steps; an estimate, which changes nothing.
     """
 
@@ -43,14 +43,8 @@ class Trained:
     method: "Method | None" = None
 
     def __post_init__(self) -> None:
-        assert (self.start is None) == (self.method is None), "a start goes on by a method"
+        assert self.start is not None or self.method is None, "a method goes on from a start"
         assert self.start is None or self.tokenizer is None, "the tokenizer is that of the start"
-
-    @property
-    def needs(self) -> "list[Trained]":
-        """Models that have to be trained before it, first ones first."""
-        before = [m for m in (self.tokenizer, self.start) if isinstance(m, Trained)]
-        return [needed for model in before for needed in (*model.needs, model)]
 
     @cached_property
     def address(self) -> str:
@@ -62,10 +56,17 @@ class Trained:
             "tokenizer": _tokenizer_address(self.tokenizer),
         }
         if self.start is not None:
-            kind = type(self.method).__name__
-            made_of["start"] = [self.start.address, kind, asdict(self.method)]  # type: ignore[call-overload]
+            made_of["start"] = self.start.address
+        if self.method is not None:
+            made_of["method"] = [type(self.method).__name__, asdict(self.method)]  # type: ignore[call-overload]
         text = json.dumps(made_of, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def needs(self) -> "list[Trained]":
+        """Models that have to be trained before it, first ones first."""
+        before = [m for m in (self.tokenizer, self.start) if isinstance(m, Trained)]
+        return [needed for model in before for needed in (*model.needs, model)]
 
     @property
     def minutes(self) -> float:
@@ -112,8 +113,8 @@ class Store:
 
     def train(self, model: Trained, say: Say) -> None:
         """Train the model, going on where an interrupted training stopped."""
-        if model.start is not None:
-            self._adapt(model, model.start, say)
+        if model.method is not None:
+            self._adapt(model, model.method, say)
             return
         from varkit.data.registry import open_dataset
         from varkit.hub.pipeline import WEIGHTS
@@ -121,18 +122,19 @@ class Store:
 
         source = model.tokenizer
         tokenizer = str(self.run(source)) if isinstance(source, Trained) else source and str(WEIGHTS / source)
-        request = Request(model.recipe.name, tokenizer=tokenizer, seed=model.seed)
+        start = None if model.start is None else str(self.run(model.start))
+        request = Request(model.recipe.name, tokenizer=tokenizer, seed=model.seed, start=start)
         folder = self.run(model)
         begun = (folder / "request.json").is_file()
         train_recipe(request, model.recipe, open_dataset(model.recipe.dataset), folder, begun, say)
 
-    def _adapt(self, model: Trained, start: Trained, say: Say) -> None:
+    def _adapt(self, model: Trained, method: "Method", say: Say) -> None:
         from varkit.adapt.registry import name_of
         from varkit.adapt.run import Adaptation, adapt
         from varkit.data.registry import open_dataset
 
-        recipe, method, folder = model.recipe, model.method, self.run(model)
-        assert method is not None
+        recipe, start, folder = model.recipe, model.start, self.run(model)
+        assert start is not None
         request = Adaptation(
             recipe.name,
             seed=model.seed,

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from varkit.cli.console import log
 from varkit.errors import UserError
@@ -29,6 +29,8 @@ class Train:
     """Steps of each stage, in place of minutes."""
     tokenizer: Path | None = None
     """Folder of a trained model whose tokenizer is used, so that only the generator is trained."""
+    start: Annotated[Path | None, arg(name="from")] = None
+    """Folder of a trained model whose tokenizer is used, and whose generator is trained further, as by this recipe."""
     resume: bool = False
     """Go on with the training in --out where it stopped."""
     seed: int = 0
@@ -62,6 +64,7 @@ class Train:
             self.compile,
             self.accumulation,
             self.shard,
+            None if self.start is None else str(self.start),
         )
 
     def _model(self, first: bool) -> Path:
@@ -83,6 +86,8 @@ class Train:
 
         if self.tokenizer is not None:
             raise UserError("--tokenizer is for models; features are trained on pictures, without one")
+        if self.start is not None:
+            raise UserError("--from is for models; features are trained from the beginning, leave it out")
         if self.shard:
             raise UserError("--shard is for models; the network of the features is small, train it without")
         return train_features(self.out, self._request(), self.resume)

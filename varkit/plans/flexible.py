@@ -130,7 +130,7 @@ class FlexibleScalesConfig(ScalesConfig):
     def build(self) -> ScalePlan:
         """Make the plan."""
         schedule = Schedule.parse(self.schedule)
-        return ScalePlan(schedule, self.frame, measured(schedule))
+        return ScalePlan(schedule, self.frame, coords=measured(schedule))
 
 
 def ramp(schedule: Schedule, trained: int, clamp: bool = False) -> tuple[float, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from varkit.data.base import Dataset
 from varkit.errors import UserError
@@ -20,6 +21,7 @@ from varkit.files import StrPath, write_json
 from varkit.hub.config import to_json
 from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
+from varkit.hub.states import check_state
 from varkit.pictures import grid
 from varkit.ranks import current
 from varkit.tokenizers.base import Tokenizer
@@ -45,7 +47,8 @@ class Request:
     """What a user asked for. minutes and steps replace the recipe's; tokenizer is a folder with a trained one.
 
     compile: compile blocks and losses first, which pays off in longer trainings. accumulation: micro-batches that each
-    batch is split into; several processes share them. shard: processes hold one copy of the generator together.
+    batch is split into; several processes share them. shard: processes hold one copy of the generator together. start:
+    the folder of a trained model whose tokenizer is used and whose generator and heads are trained further.
     """
 
     recipe: str
@@ -56,6 +59,7 @@ class Request:
     compile: bool = False
     accumulation: int = 1
     shard: bool = False
+    start: str | None = None
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
@@ -68,6 +72,10 @@ class Request:
             )
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps {self.steps} is below 1; train for at least 1 step")
+        if self.start is not None and self.tokenizer is not None:
+            raise UserError(
+                f"both --from {self.start} and --tokenizer {self.tokenizer} were given; --from brings its own tokenizer"
+            )
         if self.accumulation < 1:
             raise UserError(f"--accumulation is {self.accumulation}; it must be at least 1")
         if not 0 <= self.seed < 2**63:
@@ -100,7 +108,8 @@ def train_recipe(
     root = Path(out)
     if current().first:
         check_run(root, request, resume)
-    given = _given_tokenizer(request.tokenizer, type(recipe.tokenizer.config)) if request.tokenizer else None
+    trained = request.tokenizer or request.start
+    given = _given_tokenizer(trained, type(recipe.tokenizer.config)) if trained else None
     say = begin(root, request, resume, say)
     share = 0.0 if given or recipe.tokenizer.train is None else recipe.tokenizer.share
     tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
@@ -202,15 +211,29 @@ def _begun_with(root: Path) -> dict[str, Any]:
 
 def _given_tokenizer(folder: str, kind: type) -> Tokenizer:
     """The tokenizer in a trained model's folder; its configuration must be a `kind`."""
-    root = Path(folder)
-    loaded = load_parts(root / "model" if (root / "model").is_dir() else root)
-    tokenizer = loaded.built.get("tokenizer")
+    tokenizer = _trained_parts(folder).get("tokenizer")
     if not isinstance(getattr(tokenizer, "config", None), kind):
         wanted = kind.__name__.removesuffix("Config")
         raise UserError(
             f"the folder {folder!r} has no {wanted} tokenizer, which the recipe needs; give that of a model with one"
         )
     return tokenizer  # type: ignore[return-value]
+
+
+def _trained_parts(folder: str) -> dict[str, Any]:
+    """The parts in a trained model's folder, by name."""
+    root = Path(folder)
+    return load_parts(root / "model" if (root / "model").is_dir() else root).built
+
+
+def _begin_with(pipeline: Pipeline, folder: str) -> None:
+    """Give the generator and heads the weights of a trained model's, which must have the same parameters."""
+    trained = _trained_parts(folder)
+    for name, part in pipeline.parts.items():
+        if isinstance(part, nn.Module) and name != "tokenizer":
+            state = trained[name].state_dict() if name in trained else {}
+            check_state(part.state_dict(), state, f"the {name} of {folder!r}")
+            part.load_state_dict(state)
 
 
 def _train_tokenizer(
@@ -264,6 +287,8 @@ def _train_generator(
         return Pipeline(parts, {"tokenizer": tokenizer.config} | configs, part.settings)
 
     pipeline = assembled()
+    if request.start is not None:
+        _begin_with(pipeline, request.start)
     lessons = part.teach(tokenizer, pipeline.model.plan)
     task = _task(request, recipe, pipeline, (tokens, held_out), lessons, part.batch_size)
     say("training the generator")

@@ -22,8 +22,8 @@ from varkit.train.recipes.scenes import scenes
 __all__ = [
     "RECIPES", "FurtherRecipe", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid",
     "digit_scales", "digits", "digits_raster", "find_recipe", "flexvar_digits", "folder_recipe",
-    "hmar_digits", "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "nfig_digits",
-    "scenes",
+    "hmar_digits", "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "markov_digits",
+    "markov_digits_mixed", "nfig_digits", "scenes",
 ]  # fmt: skip
 
 RECIPES = {
@@ -39,6 +39,8 @@ RECIPES = {
     "hmar-digits": hmar_digits,
     "nfig-digits": nfig_digits,
     "flexvar-digits": flexvar_digits,
+    "markov-digits": markov_digits,
+    "markov-digits-mixed": markov_digits_mixed,
 }
 
 

@@ -1,0 +1,129 @@
+"""What a next-scale model costs under its plan, at any size: random weights, since neither time nor memory asks more.
+
+Memory is the most that becomes resident in a process of its own (Linux). Times of alternatives are taken in turn.
+Legend: B samples.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from varkit.generators.conditioning import ClassConfig
+from varkit.generators.var import VARConfig
+from varkit.heads.categorical import CategoricalConfig
+from varkit.hub.pipeline import Pipeline, Settings
+from varkit.plans.scales import ScalesConfig
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
+
+if TYPE_CHECKING:
+    from varkit.train.lessons import Lessons
+
+CODES, CODE_WIDTH = 256, 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """VAR's network under a plan: `decode` draws B guided pictures, `train` takes one step over B.
+
+    mixed: training takes the scales apart, and its step is the one of most tokens.
+    """
+
+    plan: ScalesConfig
+    depth: int = 8
+    width: int = 256
+    heads: int = 4
+    batch: int = 4
+    mixed: bool = False
+    train: bool = False
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The model; its tokenizer is as small as can be."""
+        conv = ConvConfig(8, multipliers=(1, 2), res_blocks=1, latent_channels=CODE_WIDTH, attention=False)
+        condition = ClassConfig(10)
+        configs = {
+            "tokenizer": MultiScaleVQConfig(conv, CODES, CODE_WIDTH, self.plan.schedule),
+            "generator": VARConfig(
+                self.depth, self.width, self.heads, self.plan.schedule, CODE_WIDTH, condition
+            ),
+            "head": CategoricalConfig(self.width, CODES),
+            "plan": self.plan,
+        }
+        parts = {name: config.build() for name, config in configs.items()}  # type: ignore[attr-defined]
+        return Pipeline(parts, configs, Settings(guidance=2.0))
+
+    def __call__(self) -> None:
+        """Do it once."""
+        self._train() if self.train else self._decode()
+
+    def carried(self) -> float:
+        """Megabytes of keys and values that lie in the cache at the end of decoding."""
+        return self._decode() / 1e6
+
+    def _decode(self) -> int:
+        from varkit.decode.loop import run
+
+        state = self.pipeline.start([i % 10 for i in range(self.batch)])
+        return run(self.pipeline.model, state).cache.nbytes
+
+    def _train(self) -> None:
+        import torch
+
+        from varkit.train.lessons import WholePlan
+        from varkit.train.mixed_scales import MixedScales
+        from varkit.train.objective import NextStepLoss
+
+        pipeline = self.pipeline
+        plan = pipeline.parts["plan"]
+        lessons: Lessons = (MixedScales if self.mixed else WholePlan)(pipeline.tokenizer, plan)
+        latents = {"ids": torch.randint(0, CODES, (self.batch, plan.schedule.total))}
+        steps = [lessons.lesson(latents, step) for step in range(len(getattr(lessons, "round", [0])))]
+        largest = max(steps, key=lambda lesson: len(lesson.step.target))
+        objective = NextStepLoss(pipeline.generator, pipeline.model.heads["main"]).train()
+        objective(largest, {"label": torch.zeros(self.batch, dtype=torch.int64)}).backward()
+        objective.zero_grad()
+
+
+def seconds(works: Sequence[Callable[[], object]], rounds: int = 5) -> list[float]:
+    """Median seconds of each, taken in turn after a first round."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds + 1):
+        for found, work in zip(times, works, strict=True):
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
+    return [median(found[1:]) for found in times]
+
+
+def peak_memory(work: Work) -> float:
+    """Megabytes that a process grows by to build the model and do the work."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measure, args=(theirs, work), daemon=True)
+    process.start()
+    try:
+        return float(ours.recv())
+    finally:
+        process.join()
+
+
+def _measure(line: Connection, work: Work) -> None:
+    tiny = Work(ScalesConfig((1, 2)), depth=1, width=32, batch=1, train=work.train)
+    tiny()  # what is loaded once
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work()
+    line.send((_status("VmHWM") - before) / 1e6)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
