@@ -2,7 +2,12 @@
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +52,10 @@ class Serve:
     """Largest picture that may be uploaded."""
     grace: float = 30.0
     """Seconds in which a stopping server finishes what it has begun."""
+    ray: str | None = None
+    """Serve by Ray's workers: "local" starts some here, "auto" or an address joins a cluster."""
+    replicas: int = 1
+    """With --ray: how many processes have the models and share the requests."""
 
     def __post_init__(self) -> None:
         check_port(self.port)
@@ -55,28 +64,58 @@ class Serve:
                 f"--host {self.host} lets other machines in; give API keys by --keys FILE or {KEYS}, "
                 "or leave --host out"
             )
+        if self.replicas < 1:
+            raise UserError(f"--replicas is {self.replicas}; it must be at least 1")
+        if self.replicas > 1 and self.ray is None:
+            raise UserError(f"--replicas {self.replicas} needs Ray; add --ray local, or leave it out")
 
     def run(self) -> None:
         """Serve until interrupted."""
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        if self.ray is None:
+            self._serve_here()
+        else:
+            self._serve_on_ray(self.ray)
+
+    def _serve_here(self) -> None:
         import uvicorn
 
         from varkit.cli.listening import address, listen, named_models
         from varkit.serve.app import create_app
 
-        limits, keys = self.limits(), self._keys()
-        models = named_models(self.model)
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        limits, models = self.limits(), named_models(self.model)
         with listen(self.host, [self.port]) as socket:
             config = uvicorn.Config(
-                create_app(models, limits, keys),
+                create_app(models, limits, self._keys()),
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 timeout_graceful_shutdown=int(self.grace) + SECONDS_TO_ANSWER,
             )
-            print(f"varkit serve is at {address(socket)}/v1 (Ctrl-C ends it)", flush=True)
+            _announce(address(socket))
             uvicorn.Server(config).run(sockets=[socket])
+
+    def _serve_on_ray(self, cluster_address: str) -> None:
+        import torch
+
+        from varkit.cli.listening import address, listen, named_models
+        from varkit.cli.ray_data import cluster
+        from varkit.serve.ray import application, start, stop, threads_each
+
+        limits, models = self.limits(), tuple(map(movable, self.model))
+        named_models(models)  # a model that is not there shows here, not on a worker
+        with listen(self.host, [self.port]) as socket:  # likewise a port that is taken
+            here, port = address(socket), socket.getsockname()[1]
+        with cluster(cluster_address) as machines, terminated() as wait:
+            threads = threads_each(machines, self.replicas, torch.get_num_threads())
+            app = application(partial(named_models, models), limits, self._keys(), self.replicas, threads)
+            try:
+                start(app, self.host, port)
+                _announce(here)
+                wait()
+            finally:
+                stop()
 
     def limits(self) -> "Limits":
         """What the server takes on."""
@@ -110,3 +149,26 @@ def read_keys(text: str, place: str) -> list[str]:
                 'with python -c "import secrets; print(secrets.token_urlsafe())"'
             )
     return keys
+
+
+def _announce(where: str) -> None:
+    print(f"varkit serve is at {where}/v1 (Ctrl-C ends it)", flush=True)
+
+
+def movable(model: str) -> str:
+    """A model's name, or its folder wherever a worker starts."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+@contextmanager
+def terminated() -> Iterator[Callable[[], object]]:
+    """What waits until the process is told to end, by SIGTERM or Ctrl-C."""
+    told = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield told.wait
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from PIL import Image
 from starlette.types import Receive, Scope, Send
 
 from varkit.serve.batcher import Drawn
-from varkit.serve.errors import CLIENT_LEFT, as_api_error
+from varkit.serve.errors import CLIENT_LEFT, ApiError, as_api_error
 from varkit.serve.pictures import encoded
 from varkit.serve.schema import Asked, Format, Picture, PictureEvent, Pictures, Usage
 from varkit.serve.service import Order, Ticket
@@ -112,7 +112,12 @@ async def _events(ticket: Ticket, wrapping: Wrapping, kind: Kind) -> AsyncIterat
             shown[event.sample] += 1
             yield _sse(told.type, told.model_dump_json(exclude_none=True))
     except Exception as error:
-        yield _sse("error", json.dumps(as_api_error(error).body.model_dump()))
+        yield sse_error(as_api_error(error))
+
+
+def sse_error(error: ApiError) -> str:
+    """An error as an event, which OpenAI's client raises."""
+    return _sse("error", json.dumps(error.body.model_dump()))
 
 
 def _sse(name: str, data: str) -> str:
