@@ -101,12 +101,13 @@ class Serve:
 
         from varkit.cli.listening import address, listen, named_models
         from varkit.cli.ray_data import cluster
-        from varkit.serve.ray import application, start, stop, threads_each
+        from varkit.serve.ray import PROXY_SETTING, application, start, stop, threads_each
 
         limits, models = self.limits(), tuple(map(movable, self.model))
         named_models(models)  # a model that is not there shows here, not on a worker
         with listen(self.host, [self.port]) as socket:  # likewise a port that is taken
             here, port = address(socket), socket.getsockname()[1]
+        os.environ.update(PROXY_SETTING)
         with cluster(cluster_address) as machines, terminated() as wait:
             threads = threads_each(machines, self.replicas, torch.get_num_threads())
             app = application(partial(named_models, models), limits, self._keys(), self.replicas, threads)

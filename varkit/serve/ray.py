@@ -26,6 +26,8 @@ MOST_REQUESTS = 4096
 """Requests that a replica holds: more than its own queue, which is what says no."""
 
 RETRY = 1
+PROXY_SETTING = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "varkit.serve.ray:middlewares"}
+"""What Ray reads in the environment of its proxies: that of the process that starts Ray, or of `ray start`."""
 
 
 class Replica:
@@ -92,23 +94,27 @@ def application(
     threads: int = 1,
 ) -> serve.Application:
     """The server for Ray Serve: `replicas` processes of `threads` processors each."""
-    deployment = serve.deployment(
-        serve.ingress()(Replica),
+    made = serve.deployment(
         name=NAME,
         num_replicas=replicas,
         max_ongoing_requests=MOST_REQUESTS,
         graceful_shutdown_timeout_s=limits.grace,
         ray_actor_options={"num_cpus": threads},
-    )
-    return deployment.bind(load, limits, list(keys), threads)
+    )(serve.ingress()(Replica))
+    return made.bind(load, limits, list(keys), threads)
 
 
 def start(app: serve.Application, host: str, port: int) -> None:
     """Run an application on the cluster that was joined, and return when it answers at host:port."""
-    options: dict[str, Any] = {"host": host, "port": port, "middlewares": [Middleware(Proxy)]}
+    options: dict[str, Any] = {"host": host, "port": port}
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     serve.start(http_options=options, logging_config=quiet)
     serve.run(app, name=NAME, route_prefix="/", logging_config=quiet)
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray's proxies put around the application, where their environment has `PROXY_SETTING`."""
+    return [Middleware(Proxy)]
 
 
 def stop() -> None:
