@@ -2,10 +2,10 @@
 
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +28,17 @@ class Server:
             text=True,
         )
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], SECONDS_TO_START)
-        line = self.process.stdout.readline() if ready else ""
-        found = re.search(r"http://\S+/v1", line)
-        if found is None:
-            self.process.kill()
-            raise AssertionError(f"the server did not start: {line}{self.process.communicate()[1][-2000:]}")
-        self.address = found[0]
+        late = threading.Timer(SECONDS_TO_START, self.process.kill)
+        late.start()
+        lines = ""
+        for line in self.process.stdout:  # Ray may say something first
+            lines += line
+            if found := re.search(r"http://\S+/v1", line):
+                self.address = found[0]
+                break
+        late.cancel()
+        if not hasattr(self, "address"):
+            raise AssertionError(f"the server did not start: {lines}{self.process.communicate()[1][-2000:]}")
 
     @property
     def port(self) -> str:

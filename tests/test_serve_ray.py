@@ -97,7 +97,9 @@ def _descends(entry: Path, ancestor: int) -> bool:
 
 @pytest.mark.slow
 def test_a_replica_that_is_killed_under_load_loses_no_request_without_saying_so():
-    with server("--model", "digits", "--port", "0", "--ray", "local", "--replicas", "2") as running:
+    with server(
+        "--model", "digits", "--port", "0", "--ray", "local", "--replicas", "2", "--waiting", "200"
+    ) as running:
         client = openai.OpenAI(base_url=running.address, api_key="none", max_retries=0, timeout=120)
 
         def ask(seed: int) -> str | None:

@@ -4,6 +4,7 @@ Each replica has models, a batcher and a queue of its own. Ray's proxy chooses t
 makes of its silence an answer that clients understand.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,15 +38,15 @@ class Replica:
         self, load: Callable[[], Mapping[str, Pipeline]], limits: Limits, keys: Sequence[str], threads: int
     ) -> None:
         torch.set_num_threads(threads)
-        self.app = create_app(load(), limits, keys)
+        self.server = create_app(load(), limits, keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve runs, its life's beginning and end included."""
-        return self.app
+        return self.server
 
     def check_health(self) -> None:
         """Ray Serve starts another replica in place of one that raises here."""
-        if self.app.state.service.status == "broken":
+        if self.server.state.service.status == "broken":
             raise RuntimeError("the batcher has died")
 
 
@@ -107,6 +108,7 @@ def application(
 def start(app: serve.Application, host: str, port: int) -> None:
     """Run an application on the cluster that was joined, and return when it answers at host:port."""
     options: dict[str, Any] = {"host": host, "port": port}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     serve.start(http_options=options, logging_config=quiet)
     serve.run(app, name=NAME, route_prefix="/", logging_config=quiet)
