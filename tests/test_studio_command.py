@@ -11,8 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests import models
 from varkit.cli import main as cli
-from varkit.cli.listening import address, listen
-from varkit.cli.studio import Studio
+from varkit.cli.listening import address, listen, named_models
 from varkit.errors import UserError
 from varkit.hub.pipeline import Pipeline
 from varkit.studio.app import create_app
@@ -88,9 +87,9 @@ def test_without_gradio_it_says_what_to_install():
 def test_visitors_see_the_last_part_of_a_folder_where_it_tells_all_apart(class_model: Path, tmp_path: Path):
     other = tmp_path / class_model.name
     other.symlink_to(class_model)
-    assert list(Studio((str(class_model), "digits"))._models()) == [class_model.name, "digits"]
-    assert list(Studio((str(class_model), str(other)))._models()) == [str(class_model), str(other)]
-    assert list(Studio()._models())[0] == "scenes"
+    assert list(named_models([str(class_model), "digits"])) == [class_model.name, "digits"]
+    assert list(named_models([str(class_model), str(other)])) == [str(class_model), str(other)]
+    assert list(named_models([]))[0] == "scenes"
 
 
 @pytest.fixture(scope="module")

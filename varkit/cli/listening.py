@@ -1,10 +1,20 @@
-"""A socket to listen on, opened before the server starts: so its address is known, and a taken port is one line."""
+"""What the studio and the server have in common: the models that they offer, and a socket to listen on, opened before
+they start, so that its address is known and a taken port is one line.
+"""
 
 import errno
 import socket
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from varkit.errors import UserError
+
+if TYPE_CHECKING:
+    from varkit.hub.pipeline import Pipeline
+
+DEFAULT = "scenes"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 WAITING = 128
 """Connections that may wait to be accepted."""
@@ -36,3 +46,24 @@ def address(opened: socket.socket) -> str:
     """Where a browser finds it."""
     host, port = opened.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def check_port(port: int | None) -> None:
+    """Raise `UserError` for what is no port."""
+    if port is not None and not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}; it must be from 1 to 65535, or 0 for any free one")
+
+
+def named_models(words: Sequence[str]) -> "dict[str, Pipeline]":
+    """The models by the names that visitors see: of a folder the last part, if that tells all apart.
+
+    Without words, all bundled ones. Raises `UserError` for a model that is not there.
+    """
+    from varkit.hub.pipeline import bundled, load
+
+    words = words or sorted(bundled(), key=lambda name: name != DEFAULT)
+    if not words:
+        raise UserError("no model comes with this installation; give one with --model FOLDER")
+    short = [Path(word).name for word in words]
+    names = short if len(set(short)) == len(short) else words
+    return {name: load(word) for name, word in zip(names, words, strict=True)}

@@ -71,6 +71,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "varkit.cli.evaluate:Evaluate",
     "generate": "varkit.cli.generate:Generate",
     "reproduce": "varkit.cli.reproduce:Reproduce",
+    "serve": "varkit.cli.serve:Serve",
     "studio": "varkit.cli.studio:Studio",
     "systems": "varkit.cli.systems:Systems",
     "train": "varkit.cli.train:Train",

@@ -2,18 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from varkit.cli.listening import LOOPBACK, check_port, named_models
 from varkit.errors import UserError
 
-if TYPE_CHECKING:
-    from varkit.hub.pipeline import Pipeline
-
-DEFAULT = "scenes"
 PASSWORD = "VARKIT_PASSWORD"
 FIRST_PORT, PORTS = 7860, 100
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SECONDS_TO_FINISH = 2
 
 
@@ -33,8 +27,7 @@ class Studio:
     """Runs that go on at once; others wait their turn."""
 
     def __post_init__(self) -> None:
-        if self.port is not None and not 0 <= self.port <= 65535:
-            raise UserError(f"--port is {self.port}; it must be from 1 to 65535, or 0 for any free one")
+        check_port(self.port)
         if self.workers < 1:
             raise UserError(f"--workers is {self.workers}; it must be at least 1")
         if self.user is None and self.host not in LOOPBACK:
@@ -51,7 +44,7 @@ class Studio:
         from varkit.cli.listening import address, listen
         from varkit.studio.app import create_app
 
-        models = self._models()
+        models = named_models(self.model)
         login = None if self.user is None else (self.user, os.environ[PASSWORD])
         ports = range(FIRST_PORT, FIRST_PORT + PORTS) if self.port is None else [self.port]
         with listen(self.host, ports) as socket:
@@ -61,14 +54,3 @@ class Studio:
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_FINISH)
             print(f"varkit studio is at {address(socket)} (Ctrl-C ends it)", flush=True)
             uvicorn.Server(config).run(sockets=[socket])
-
-    def _models(self) -> "dict[str, Pipeline]":
-        """The models by the names that visitors see: of a folder the last part, if that tells all apart."""
-        from varkit.hub.pipeline import bundled, load
-
-        words = self.model or sorted(bundled(), key=lambda name: name != DEFAULT)
-        if not words:
-            raise UserError("no model comes with this installation; give one with --model FOLDER")
-        short = [Path(word).name for word in words]
-        names = short if len(set(short)) == len(short) else words
-        return {name: load(word) for name, word in zip(names, words, strict=True)}

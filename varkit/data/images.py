@@ -80,6 +80,17 @@ def open_image(
         return np.array(_to_rgb(_upright(image)))
 
 
+def open_alpha(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """Return how opaque the picture in `source` is, uint8 (H, W), upright; None where it cannot be transparent.
+
+    Raises `BadImage`.
+    """
+    with _opened(source, max_pixels) as image:
+        image.load()
+        upright = _upright(image)
+        return np.array(upright.convert("RGBA").getchannel("A")) if upright.has_transparency_data else None
+
+
 def check_header(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Raise `BadImage` if the kind of file, its size or its header rule it out; decodes nothing."""
     with _opened(source, max_pixels):
