@@ -78,6 +78,7 @@ def adapt_model(request: Adaptation, method: Method, out: StrPath, resume: bool,
 
     Raises `UserError` where neither the model nor the request says how long.
     """
+    assert request.start is not None, "an adaptation says what goes on"
     start = load(request.start)
     recipe, dataset = find_recipe(request.recipe)
     recipe = follow_up(recipe, method, steps_behind(start.about))

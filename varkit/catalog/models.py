@@ -31,7 +31,7 @@ class Trained:
     """A model that a recipe makes from a seed; with `tokenizer`, over that model's tokenizer (or a bundled one's).
 
     start: a model whose tokenizer it uses and whose weights it goes on from: as the recipe says, or by a `method` of
-    post-training (`varkit.adapt`), for which the recipe's generator says at which rate, how long and over which lessons.
+    post-training (`varkit.adapt`), for which the recipe's generator says at which rate, how long, over which lessons.
     expected: minutes that it takes where the recipe says steps; an estimate, which changes nothing.
     """
 

@@ -15,6 +15,7 @@ from varkit.train.recipes.infinity_scenes import infinity_scenes
 from varkit.train.recipes.llamagen_scenes import llamagen_scenes
 from varkit.train.recipes.m_var_digits import m_var_digits
 from varkit.train.recipes.mar_scenes import mar_scenes
+from varkit.train.recipes.markov_digits import markov_digits, markov_digits_mixed
 from varkit.train.recipes.nfig_digits import nfig_digits
 from varkit.train.recipes.recipe import FurtherRecipe, GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
