@@ -150,7 +150,7 @@ def test_addresses_of_plain_models_do_not_know_of_starts():
     """A model trained before there were post-trainings is found again."""
     assert Trained(tiny_recipe()).address == Trained(tiny_recipe(), start=None, method=None).address
     with pytest.raises(AssertionError):
-        Trained(tiny_recipe(), start=Trained(tiny_recipe()))
+        Trained(tiny_recipe(), method=Finetune())
 
 
 @pytest.mark.parametrize("name", ["var-class", "infinity-text"])
