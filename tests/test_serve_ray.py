@@ -122,7 +122,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request_without_saying_so(
             os.kill(replicas[0], signal.SIGKILL)
             got = [future.result() for future in asked]
         lost = sum(picture is None for picture in got)
-        assert lost < REQUESTS / 2
+        assert 0 < lost < REQUESTS / 2
         assert all(picture in (None, want[i % 10]) for i, picture in enumerate(got))
         again = client.with_options(max_retries=8)
         assert again.images.generate(prompt="3", n=10, extra_body={"seed": 3}).data is not None
