@@ -133,8 +133,8 @@ def _sees_of_pack(steps: Sequence[Step], starts: Sequence[int]) -> Sees:
 
 def _apart(steps: Sequence[Step]) -> Apart | None:
     """The steps' own visibilities, if none sees another's slots and samples agree."""
-    if len(steps) == 1:
-        return None
+    if len(steps) == 1 and not isinstance(steps[0].sees.own, Apart):
+        return None  # one run has nobody to be apart from
     unseen = all(s.sees.no_past for s in steps[1:]) or not any(s.writes for s in steps[:-1])
     shared = all(s.feed.ids.ndim == 1 for s in steps)
     shared = shared and not any(isinstance(s.sees.own, Tensor) and s.sees.own.ndim == 3 for s in steps)

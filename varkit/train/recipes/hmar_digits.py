@@ -29,8 +29,9 @@ def hmar_digits() -> Recipe:
     config, train = base.generator.config, base.generator.train
     assert isinstance(config, VARConfig) and train.steps is not None
     told: dict[str, Any] = {name: getattr(config, name) for name in VARConfig.__dataclass_fields__}
+    refining = replace(train, steps=train.steps // 3)
     further = FurtherRecipe(
-        "refinement", "mask", branch_off, MaskedScales, replace(train, steps=train.steps // 3), share=1 / 3
+        "refinement", "mask", branch_off, MaskedScales, refining, base.generator.batch_size, share=1 / 3
     )
     generator = replace(
         base.generator,
