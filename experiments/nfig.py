@@ -233,7 +233,7 @@ TOKENIZERS = Part(
 
 EXPERIMENT = Experiment(
     "nfig",
-    "Class-conditional digits at 32 x 32, 1500 steps a stage: NFIG against VAR of its size and a quarter larger; "
+    "Class-conditional digits at 32 x 32, 1000 and 1200 steps: NFIG against VAR of its size and a quarter larger; "
     "tokenizers on photographs at 32 x 32.",
     (SMALLER, EQUAL, TOKENIZERS),
 )

@@ -99,7 +99,7 @@ TARGETS = Part(
 
 EXPERIMENT = Experiment(
     "sar",
-    "Class-conditional digits at 32 x 32: 83 steps after 1500, the same for each arm; the published weight 0.01, over "
+    "Class-conditional digits at 32 x 32: 67 steps after 1200, the same for each arm; the published weight 0.01, over "
     "all scales.",
     (
         compared(

@@ -87,7 +87,7 @@ def test_arms_begin_with_the_same_model_and_differ_in_the_method(monkeypatch: py
         starts = {m.start.address if m.start else m.address for m in models.values()}
         assert len(starts) == 1 and len({m.address for m in models.values()}) == len(models)
         trains = {m.recipe.generator.train for m in models.values() if m.start}
-        assert len(trains) == 1 and next(iter(trains)).steps == round(1500 / 18)
+        assert len(trains) == 1 and next(iter(trains)).steps == round(1200 / 18)
         assert {m.method for m in models.values() if m.start} >= ({SAR()} if "refined" in models else set())
 
 
