@@ -60,4 +60,4 @@ def test_mvars_experiment_measures_its_costs(monkeypatch: pytest.MonkeyPatch):
     verdict = part.rule(values)
     assert len(verdict.details) == 6 and verdict.details["keys and values of markov at most 0 times var's"]
     tuned = experiment.parts[2].arms[1].model(0)
-    assert tuned.needs == [experiment.parts[2].arms[0].model(0)] and tuned.recipe.generator.train.steps == 300
+    assert tuned.needs == [experiment.parts[2].arms[0].model(0)] and tuned.recipe.generator.train.steps == 240

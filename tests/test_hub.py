@@ -4,7 +4,7 @@ import json
 import os
 import pickle
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.configs import CONFIGS, CONV, GENERATOR, HEAD, SCHEDULE, TOKENIZER
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
-from varkit.generators.infinity import InfinityConfig
 from varkit.generators.llamagen import LlamaGenConfig
-from varkit.generators.mar import MARConfig
-from varkit.generators.pixelcnn import PixelCNNConfig
-from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.generators.var import VARConfig
-from varkit.heads.bits import BitsConfig
 from varkit.heads.categorical import CategoricalConfig
-from varkit.heads.diffusion import DiffusionConfig
-from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.hub import llamagen, var
 from varkit.hub.config import from_json, to_json
 from varkit.hub.folder import load_parts, save_parts
@@ -35,45 +29,7 @@ from varkit.hub.states import (
     read_safetensors,
     write_safetensors,
 )
-from varkit.plans.masked import MaskedConfig
-from varkit.plans.raster import RasterConfig
-from varkit.plans.scales import ScalesConfig
-from varkit.tokenizers.bitwise import BitwiseConfig
-from varkit.tokenizers.conv import ConvConfig
-from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
-from varkit.tokenizers.pixels import PixelsConfig
-from varkit.tokenizers.vq import VQConfig
-
-SCHEDULE = (1, 2, 3)
-CONV = ConvConfig(channels=8, multipliers=(1, 2), res_blocks=1, latent_channels=8)
-TOKENIZER = MultiScaleVQConfig(CONV, vocab_size=16, code_channels=4, schedule=SCHEDULE)
-GENERATOR = VARConfig(2, 32, 4, SCHEDULE, 4, ClassConfig(5, ("a", "b", "c", "d", "e")), drop_path=0.1)
-HEAD = CategoricalConfig(32, 16)
-CONFIGS = {
-    "tokenizer": TOKENIZER,
-    "grid": VQConfig(CONV, vocab_size=16, code_channels=4, grid=(2, 3)),
-    "generator": GENERATOR,
-    "text": VARConfig(
-        1, 32, 4, (1, (2, 3)), 4, TextConfig(("red", "blue"), width=16), shared_modulation=True
-    ),
-    "llama": LlamaGenConfig(1, 32, 4, 16, ClassConfig(5), kv_heads=2, multiple_of=32, zero_prefix=True),
-    "head": HEAD,
-    "scales": ScalesConfig((1, (2, 3))),
-    "raster": RasterConfig((2, 3)),
-    "pixels": PixelsConfig((2, 4)),
-    "pixelcnn": PixelCNNConfig(ClassConfig(2), (2, 4), width=8, levels=2),
-    "mixture": LogisticMixtureConfig(8, 2),
-    "bitwise": BitwiseConfig(CONV, schedule=(1, (2, 3)), patch=2),
-    "infinity": InfinityConfig(1, 32, 4, 16, TextConfig(("red", "blue"), width=16)),
-    "features": InfinityConfig(1, 32, 4, 16, TextFeaturesConfig(16, 4)),
-    "bits": BitsConfig(32, 16),
-    "framed": ScalesConfig((1, (2, 3)), frame=(4, 6), ratios=True),
-    "kl": KLConfig(replace(CONV, latent_channels=4), grid=(2, 3), patch=2),
-    "mar": MARConfig(1, 32, 4, ClassConfig(5), (2, 3), 16, buffer=4),
-    "diffusion": DiffusionConfig(32, 16, 8, 1),
-    "masked": MaskedConfig((2, 3), 4, prefix=4),
-}
 
 
 def built(config, seed=0):

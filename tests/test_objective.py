@@ -28,7 +28,7 @@ from varkit.train.tokens import Tokens
 def objective(name: str):
     case = CASES[name]
     tokenizer, model = case.build()
-    lesson = WholePlan(tokenizer, model.plan).lesson(true_latents(tokenizer, model, 3))
+    lesson = case.teach(tokenizer, model.plan).lesson(true_latents(tokenizer, model, 3))
     condition = {k: v[0] for k, v in case.conditions(3).items()}
     return model, NextStepLoss(model.generator, model.heads["main"], condition_drop=0.0), lesson, condition
 
