@@ -5,15 +5,15 @@ confounded with the parameters that the scan adds. What grows with the picture i
 sizes, since how long a layer takes does not depend on what it has learnt.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log
-from statistics import fmean, linear_regression, median
+from statistics import fmean, linear_regression
 
 import torch
 
+from varkit.catalog.costs import seconds
 from varkit.catalog.experiment import (
     All,
     Arm,
@@ -54,18 +54,6 @@ def grown(subject: Subject, schedule: tuple[int, ...]) -> tuple[Generator, Scale
     return replace(config, schedule=schedule).build().eval(), replace(plan, schedule=schedule).build()
 
 
-def interleaved(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
-    """Median seconds of each, taken in turn, after a first round."""
-    times: list[list[float]] = [[] for _ in runs]
-    for round_ in range(rounds + 1):
-        for run, found in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            if round_:
-                found.append(time.perf_counter() - start)
-    return [median(found) for found in times]
-
-
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """p of values ~ sizes^p, by least squares in logarithms."""
     return linear_regression([log(s) for s in sizes], [log(v) for v in values]).slope
@@ -85,7 +73,7 @@ def growth_across_scales(subject: Subject, factors: Sequence[int] = GROWTH) -> f
         scan = isinstance(block, ScanBlock)
         runs.append(partial(block.scan, x) if scan else partial(block.attention, x, Packed.of(step), 0))
         slots.append(len(step.feed))
-    return exponent(slots, interleaved(runs))
+    return exponent(slots, seconds(runs, ROUNDS))
 
 
 @torch.no_grad()
@@ -114,9 +102,9 @@ def megabytes(subject: Subject, factor: int) -> float:
     return drawing(subject, factor)() / 1e6
 
 
-def seconds(subject: Subject, factor: int) -> float:
+def picture_seconds(subject: Subject, factor: int) -> float:
     """The network's time for one picture with guidance, all scales."""
-    return interleaved([drawing(subject, factor)])[0]
+    return seconds([drawing(subject, factor)], ROUNDS)[0]
 
 
 def pairs(subject: Subject) -> float:
@@ -188,7 +176,7 @@ COST = Part(
     metrics=(
         ACROSS,
         *(named("cache", "MB", megabytes, factor) for factor in (GROWTH[0], GROWTH[-1])),
-        *(named("seconds", "s", seconds, factor) for factor in (GROWTH[0], GROWTH[-1])),
+        *(named("seconds", "s", picture_seconds, factor) for factor in (GROWTH[0], GROWTH[-1])),
     ),
     rule=All(
         (
