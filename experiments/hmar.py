@@ -6,18 +6,17 @@ published schedules of 256, 512 and 1024 pixels, a narrow generator of two block
 all that a run holds between steps, without the weights.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
-from statistics import median
 
 import torch
 
+from varkit.catalog.costs import seconds
 from varkit.catalog.experiment import All, Arm, AtMost, Experiment, Metric, Part, Subject
 from varkit.catalog.measures import EVALUATIONS, PARAMETERS, digits_read, fid_to
 from varkit.catalog.models import Trained
-from varkit.decode.loop import decode
+from varkit.decode.loop import decode, run
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.hmar import HMARConfig
 from varkit.generators.var import VARConfig
@@ -113,46 +112,37 @@ def random_model(method: str, schedule: tuple[int, ...]) -> Pipeline:
     return Pipeline(parts, configs, Settings(guidance=2.5, ramp=True))
 
 
-def training_seconds(model: Pipeline) -> float:
+def train(model: Pipeline) -> None:
     """One step of first guesses, forward and backward, for one picture."""
     teach = FirstGuesses if isinstance(model.configs["plan"], RefinedConfig) else WholePlan
     lessons = teach(model.tokenizer, model.model.plan)
     ids = torch.randint(0, CODES, (1, Schedule.parse(model.configs["plan"].schedule).total))
-    lesson = lessons.lesson({"ids": ids}, 0)
     objective = NextStepLoss(model.generator, model.model.heads["main"])
-    start = time.perf_counter()
-    objective(lesson, {"label": torch.tensor([1])}).backward()
-    seconds = time.perf_counter() - start
+    objective(lessons.lesson({"ids": ids}, 0), {"label": torch.tensor([1])}).backward()
     objective.zero_grad(set_to_none=True)
-    return seconds
 
 
-def drawing_cost(model: Pipeline, seed: int) -> tuple[float, float]:
-    """Seconds from the prompt to the last token of a guided picture, and the most bytes held between steps."""
-    most, start = 0, time.perf_counter()
-    paused = 0.0
-    for state in decode(model.model, model.start([1], seed)):
-        stopped = time.perf_counter()
-        held = {t.untyped_storage().data_ptr(): t.nbytes for t in state.tensors().values()}
-        most = max(most, sum(held.values()))
-        paused += time.perf_counter() - stopped
-    return time.perf_counter() - start - paused, most
+def draw(model: Pipeline, seed: int) -> None:
+    """From the prompt to the last token of a guided picture."""
+    run(model.model, model.start([1], seed))
+
+
+def most_held(model: Pipeline, seed: int) -> int:
+    """The most bytes that a run holds between steps."""
+    held = (state.tensors().values() for state in decode(model.model, model.start([1], seed)))
+    return max(sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values()) for tensors in held)
 
 
 @cache
 def costs(size: int, seed: int) -> dict[str, Cost]:
-    """Both methods at a size in turn: medians over rounds, after a first one."""
+    """Both methods at a size, what takes time in turn."""
     models = {method: random_model(method, SIDES[size]) for method in ("VAR", "HMAR")}
-    rounds = []
-    for _ in range(ROUNDS + 1):
-        once = {}
-        for method, model in models.items():
-            drawing, memory = drawing_cost(model, seed)
-            once[method] = Cost(training_seconds(model), drawing, memory)
-        rounds.append(once)
+    works = [
+        work for model in models.values() for work in (partial(train, model), partial(draw, model, seed))
+    ]
+    times = iter(seconds(works, ROUNDS))
     return {
-        method: Cost(*(median(getattr(once[method], name) for once in rounds[1:]) for name in NAMES))
-        for method in models
+        method: Cost(next(times), next(times), most_held(model, seed)) for method, model in models.items()
     }
 
 

@@ -32,6 +32,7 @@ from varkit.decode.cache.full import FullCache
 from varkit.generators.base import Generator
 from varkit.nn.attention import Packed
 from varkit.nn.scan_block import ScanBlock
+from varkit.plans import visibility
 from varkit.plans.scales import ScalePlan, ScalesConfig
 from varkit.train.recipes import digit_scales, m_var_digits
 
@@ -111,7 +112,7 @@ def pairs(subject: Subject) -> float:
     """Thousands of pairs of slots that attend to one another, over the published schedule."""
     plan = replace(subject.pipeline.configs["plan"], schedule=PUBLISHED).build()
     step = plan.training_step()
-    return int(step.sees.own_mask(len(step.feed)).sum()) / 1e3
+    return visibility.pairs(step.sees.own, len(step.feed)) / 1e3
 
 
 def named(metric: str, unit: str, measure: Callable[..., float], factor: int) -> Metric:

@@ -10,14 +10,14 @@ same without phi, and NFIG's by both rules, with equal grids, codes, steps and p
 stubs of one step. The pictures of the result show the spectrum of what each level adds, coarse to fine.
 """
 
-import time
 from dataclasses import replace
 from functools import lru_cache, partial
-from statistics import correlation, median
+from statistics import correlation
 
 import numpy as np
 import torch
 
+from varkit.catalog.costs import seconds
 from varkit.catalog.experiment import All, Arm, AtLeast, AtMost, Experiment, Metric, Part, Subject
 from varkit.catalog.harness import PICTURES
 from varkit.catalog.measures import EVALUATIONS, PARAMETERS, SECONDS, digits_read, fid_to
@@ -78,11 +78,9 @@ def published(depth: int, tokenizer: MultiScaleVQConfig) -> Pipeline:
     return Pipeline(parts, configs, Settings(guidance=2.0, ramp=True))
 
 
-def seconds(pipeline: Pipeline, seed: int) -> float:
+def drawn(pipeline: Pipeline, seed: int) -> None:
     """From a label, guided, to all codes of one picture."""
-    start = time.perf_counter()
     run(pipeline.model, pipeline.start([0], seed))
-    return time.perf_counter() - start
 
 
 @lru_cache(maxsize=len(DEPTHS))
@@ -93,8 +91,8 @@ def times(depth: int, seed: int) -> dict[str, float]:
         "NFIG": published(depth, FrequencyVQConfig()),
         "larger VAR": published(round(LARGER * depth), MultiScaleVQConfig()),
     }
-    rounds = [{name: seconds(model, i) for name, model in both.items()} for i in range(ROUNDS + 1)]
-    return {name: median(found[name] for found in rounds[1:]) for name in both}
+    works = [partial(drawn, model, seed) for model in both.values()]
+    return dict(zip(both, seconds(works, ROUNDS), strict=True))
 
 
 def seconds_at(depth: int, subject: Subject) -> float:

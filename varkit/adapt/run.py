@@ -19,7 +19,8 @@ from varkit.files import StrPath
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.hub.config import to_json
-from varkit.hub.pipeline import Pipeline, load
+from varkit.hub.pipeline import Pipeline
+from varkit.ranks import current
 from varkit.train.generator_task import Forced
 from varkit.train.loop import load_run
 from varkit.train.recipes import Recipe, find_recipe
@@ -73,13 +74,13 @@ def follow_up(recipe: Recipe, method: Method, steps: int | None) -> Recipe:
     )
 
 
-def adapt_model(request: Adaptation, method: Method, out: StrPath, resume: bool, say: Say = print) -> Path:
-    """Post-train the model `request.start` on what `request.recipe` names. Returns the finished model's folder.
+def adapt_model(
+    request: Adaptation, start: Pipeline, method: Method, out: StrPath, resume: bool, say: Say = print
+) -> Path:
+    """Post-train `start`, in place, on what `request.recipe` names. Returns the finished model's folder.
 
     Raises `UserError` where neither the model nor the request says how long.
     """
-    assert request.start is not None, "an adaptation says what goes on"
-    start = load(request.start)
     recipe, dataset = find_recipe(request.recipe)
     recipe = follow_up(recipe, method, steps_behind(start.about))
     if recipe.generator.train.steps is None and request.steps is None and request.minutes is None:
@@ -102,7 +103,8 @@ def adapt(
     Of the recipe its generator's part is used: rate and steps, batches, lessons. Returns the finished model's folder.
     """
     root = Path(out)
-    check_run(root, request, resume)
+    if current().first:
+        check_run(root, request, resume)
     before = start.about
     train = request.apply(recipe.generator.train, 1.0)
     if request.lr is not None:

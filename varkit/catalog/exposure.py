@@ -4,9 +4,8 @@ An arm says by the option `teach` what its lessons are (a recipe's), so that mod
 Legend: N pictures, K scales, H W pixels.
 """
 
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +16,7 @@ from varkit.catalog.harness import PICTURES
 if TYPE_CHECKING:
     from varkit.adapt.exposure import Exposure
     from varkit.adapt.method import Material, Method
+    from varkit.train.task import Task
 
 WIDTH, HEIGHT, TOP = 320, 120, 2.0
 """Of a chart, in pixels, and in nats."""
@@ -131,16 +131,15 @@ def _ratio_of_steps(subject: Subject, method: "Method", dataset: str, n: int) ->
     import torch
 
     from varkit.adapt.finetune import Finetune
+    from varkit.catalog.costs import seconds
 
     material = _material(subject, dataset, n)
-    times: list[list[float]] = [[], []]
-    tasks = (method.task(material), Finetune().task(material))
-    for step in range(ROUNDS + 1):
-        for task, spent in zip(tasks, times, strict=True):
-            torch.manual_seed(step)
-            start = time.perf_counter()
-            task.loss("generator", task.batch(0, 0), step)[0].backward()
-            spent.append(time.perf_counter() - start)
+
+    def work(task: "Task") -> None:
+        torch.manual_seed(0)
+        task.loss("generator", task.batch(0, 0), 0)[0].backward()
+
+    of_method, of_teacher = seconds([partial(work, m.task(material)) for m in (method, Finetune())], ROUNDS)
     for part in (material.parts.generator, material.parts.head):
         part.zero_grad(set_to_none=True)
-    return median(times[0][1:]) / median(times[1][1:])
+    return of_method / of_teacher

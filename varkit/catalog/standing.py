@@ -22,7 +22,7 @@ class Standing:
 
     state: str
     measured: str | None = None
-    """What the experiment measured, in one line."""
+    """What the experiment measured of the headline claim, in one line, and which of its other parts do not hold."""
     holds: bool | None = None
     """Whether the paper's claim held in it."""
 
@@ -67,4 +67,5 @@ def _read_result(path: Path) -> tuple[str, bool]:
         raise UserError(f"{path} is no result of an experiment: it lacks 'measured' or 'holds'") from None
     if type(measured) is not str or type(holds) is not bool:
         raise UserError(f"{path}: 'measured' must be a text and 'holds' true or false")
-    return measured, holds
+    failed = [part["name"] for part in result.get("parts", [])[1:] if not part["holds"]]
+    return measured + (f"; does not hold: {', '.join(failed)}" if failed else ""), holds

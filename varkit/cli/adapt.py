@@ -77,14 +77,14 @@ class _By(Adapt):
         from varkit.train.run import check_run
 
         with together() as ranks:
-            told = asdict(self.settings)
+            told, start = asdict(self.settings), load(self.model)
             request = Adaptation(
-                source_of(load(self.model), self.data), self.minutes, self.steps, None, self.seed, self.compile,
+                source_of(start, self.data), self.minutes, self.steps, None, self.seed, self.compile,
                 self.accumulation, start=self.model, method=self.method, settings=told, lr=self.lr,
             )  # fmt: skip
             if ranks.first:
                 check_run(self.out, request, self.resume)
                 ensure_writable(self.out / "request.json")
-            made = adapt_model(request, self.settings, self.out, self.resume, log)
+            made = adapt_model(request, start, self.settings, self.out, self.resume, log)
             if ranks.first:
                 print(made)

@@ -109,7 +109,7 @@ class Generate(Sampling):
     def __post_init__(self) -> None:
         if self.text_encoder is not None and self.embeddings is not None:
             raise UserError("--text-encoder and --embeddings were given; give one of them")
-        if sum(given is not None for given in (self.schedule, self.steps)) == 2:
+        if self.schedule is not None and self.steps is not None:
             raise UserError("--schedule and --steps were given; give one of them")
         if self.schedule is not None and self.size is not None:
             raise UserError(

@@ -49,7 +49,7 @@ class Serve:
     body_megabytes: int = 16
     """Largest body of a request."""
     megapixels: int = 16
-    """Largest picture that may be uploaded."""
+    """Largest picture that may be uploaded, or asked for."""
     grace: float = 30.0
     """Seconds in which a stopping server finishes what it has begun."""
     ray: str | None = None

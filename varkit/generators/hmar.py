@@ -52,11 +52,6 @@ class HMARConfig(VARConfig):
         counts = coarse_counts(Schedule.parse(tokenizer.schedule))
         return parts | {"head_mask": parts["head"], "plan": RefinedConfig(tokenizer.schedule, counts=counts)}
 
-    def first_guess(self) -> VARConfig:
-        """The VAR that is left without the refining branch."""
-        names = VARConfig.__dataclass_fields__
-        return VARConfig(**{name: getattr(self, name) for name in names})
-
     def build(self) -> "HMAR":
         """The network, initialised as VAR; the refining branch is a copy of the other."""
         return HMAR(self)

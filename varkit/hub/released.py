@@ -40,9 +40,7 @@ RELEASED = {
     "FoundationVision/var": Repository({f"d{depth}": _var(depth) for depth in (16, 20, 24, 30, 36)}),
     "nvidia/HMAR": Repository(
         {f"hmar-d{depth}": ("vae_ch160v4096z32.pth", f"hmar-d{depth}.pth") for depth in (16, 20, 24, 30)},
-        {
-            "vae_ch160v4096z32.pth": "https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth"
-        },
+        elsewhere={"vae_ch160v4096z32.pth": "FoundationVision/var"},
     ),
     "FoundationVision/LlamaGen": Repository(
         {
@@ -79,9 +77,7 @@ RELEASED = {
     ),
     "OliverRen/M-VAR": Repository(
         {f"m_var_d{depth}": ("vae_ch160v4096z32.pth", f"d{depth}.pth") for depth in (16, 20, 24, 32)},
-        {
-            "vae_ch160v4096z32.pth": "https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth"
-        },
+        elsewhere={"vae_ch160v4096z32.pth": "FoundationVision/var"},
     ),
     "LTH14/mar": Repository(
         {
@@ -180,7 +176,7 @@ def _from_repository(name: str, variant: str | None, revision: str | None, dtype
     files = repository.variants[variant]
     try:
         if repository.addresses:
-            raise _NotFetched("its files are not together in one repository of the Hugging Face hub")
+            raise _NotFetched("it is not on the Hugging Face hub")
         found = _found(name, files, revision)
     except _NotFetched as error:
         where = " and ".join(f"{file} from {_address(name, file)}" for file in files)

@@ -23,7 +23,6 @@ from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextFeaturesConfig
 from varkit.hub.pipeline import Pipeline, Settings
-from varkit.plans.scales import ScalePlan
 from varkit.serve.batcher import Batcher, Drawn, Event, Failed, Job, Shown, Stopping
 from varkit.serve.errors import ApiError
 from varkit.serve.metrics import Metrics
@@ -40,7 +39,7 @@ class Limits:
     """What the server takes on.
 
     batch: rows of every evaluation. waiting: pictures in the queue. seconds: a request's time, waiting included. body:
-    bytes. pixels: of an uploaded picture. grace: seconds that a stopping server finishes its work in.
+    bytes. pixels: of a picture uploaded or asked for. grace: seconds that a stopping server finishes its work in.
     """
 
     batch: int = 4
@@ -81,7 +80,6 @@ class Service:
         self.limits = limits
         self.batcher = Batcher(limits.batch, limits.waiting, metrics)
         metrics.follow(self.batcher)
-        self._sized: dict[tuple[str, tuple[int, int]], Pipeline] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="varkit-batcher", daemon=True)
         self._threads = torch.get_num_threads()
@@ -127,7 +125,7 @@ class Service:
                 created=created,
                 size=_named(model.size),
                 prompts="classes" if isinstance(model.condition, ClassConfig) else "captions",
-                edits=isinstance(model.model.plan, ScalePlan),
+                edits=model.schedule is not None,
             )
             for name, model in self.models.items()
         ]
@@ -148,7 +146,7 @@ class Service:
     def edit(self, asked: Edit, image: bytes, mask: bytes | None) -> Order:
         """An order for versions of a picture. Raises `ApiError` or `UserError`."""
         name, pipeline = self._pipeline(asked.model, None)
-        if not isinstance(pipeline.model.plan, ScalePlan):
+        if pipeline.schedule is None:
             able = [card.id for card in self.cards(0) if card.edits]
             raise ApiError(
                 400, f"model {name!r} cannot edit; those that can: {', '.join(able) or 'none'}", "model"
@@ -202,15 +200,14 @@ class Service:
         if size in (None, OWN_SIZE):
             return name, pipeline
         width, height = map(int, str(size).split("x"))
-        wanted = (height, width)
-        if wanted not in ((pipeline.size), *(known for own, known in self._sized if own == name)):
-            try:
-                self._sized[name, wanted] = pipeline.sized(wanted)
-            except UserError as error:
-                raise ApiError(
-                    400, f"model {name!r} cannot make {size}; its own size is {_named(pipeline.size)}", "size"
-                ) from error
-        return name, self._sized.get((name, wanted), pipeline)
+        if width * height > self.limits.pixels:
+            raise ApiError(400, f"size {size} is above this server's {self.limits.pixels} pixels", "size")
+        try:
+            return name, pipeline.sized((height, width))
+        except UserError as error:
+            raise ApiError(
+                400, f"model {name!r} cannot make {size}; its own size is {_named(pipeline.size)}", "size"
+            ) from error
 
     def submit(self, order: Order) -> "Ticket":
         """Let an order wait for its turn. Raises `Busy` or `Stopping`."""

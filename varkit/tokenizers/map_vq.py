@@ -20,40 +20,24 @@ from varkit.errors import UserError
 from varkit.plans.flexible import PUBLISHED, proportional
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.base import Latents
-from varkit.tokenizers.codebook import Codebook, CodebookStatistics
+from varkit.tokenizers.codebook import Codebook
 from varkit.tokenizers.conv import ConvConfig
-from varkit.tokenizers.residual import Quantized, QuantizedTokenizer, ScaleQuantizer
+from varkit.tokenizers.residual import IdsQuantizer, Quantized, QuantizedTokenizer
 
 if TYPE_CHECKING:
     from varkit.canvases.base import Canvas
 
 
-class MapQuantizer(ScaleQuantizer):
+class MapQuantizer(IdsQuantizer):
     """Features (B, D, h, w) of any grid <-> ids (B, L), each map by itself.
 
     f_hat is the last map drawn, (B, N, D) over the N positions of the finest grid: its own n come first, then zeros.
     """
 
-    latent = "ids"
-    embedding: Codebook
-
     def __init__(self, codebook: Codebook, beta: float = 0.25) -> None:
         super().__init__()
         self.embedding = codebook
         self.beta = beta
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes as they are used, (V, D) float32."""
-        return self.embedding.codes
-
-    def empty(self, batch: int, positions: int) -> Tensor:
-        """Ids (B, L), all 0."""
-        return torch.zeros(batch, positions, dtype=torch.int64, device=self.codebook.device)
-
-    def lookup(self, chosen: Tensor) -> Tensor:
-        """Ids (B, n) -> codes (B, n, D)."""
-        return self.embedding(chosen)
 
     def zeros(self, batch: int, schedule: Schedule) -> Tensor:
         """No map, (B, N, D)."""
@@ -102,10 +86,6 @@ class MapQuantizer(ScaleQuantizer):
     def forward(self, f: Tensor, schedule: Schedule) -> Quantized:
         """Quantise all maps for training; the features are the last one's, the loss the mean over maps."""
         return joined(self.maps(f, schedule))
-
-    def statistics(self, schedule: Schedule) -> CodebookStatistics:
-        """An empty count of codes."""
-        return CodebookStatistics(len(self.codebook), schedule)
 
     @torch.no_grad()
     def initialize_codebook(self, f: Tensor, schedule: Schedule, generator: torch.Generator) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from varkit.errors import UserError
 from varkit.plans.schedule import Schedule, Side
-from varkit.tokenizers.codebook import Codebook, CodebookStatistics
+from varkit.tokenizers.codebook import Codebook
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.tokenizers.rate import CodeRates
-from varkit.tokenizers.residual import Quantized, QuantizedTokenizer, ResidualQuantizer
+from varkit.tokenizers.residual import IdsQuantizer, Quantized, QuantizedTokenizer, ResidualQuantizer
 
 if TYPE_CHECKING:
     from varkit.canvases.base import Canvas
@@ -55,14 +55,11 @@ class Phi(nn.Conv2d):
         return (1 - self.ratio) * x + self.ratio * conv
 
 
-class MultiScaleQuantizer(ResidualQuantizer):
+class MultiScaleQuantizer(IdsQuantizer, ResidualQuantizer):
     """Features (B, D, h, w) <-> ids (B, L). `phis` convolutions are shared by the levels; 0 does without.
 
     With `rates` a code's frequency counts in the choice, not only its distance.
     """
-
-    latent = "ids"
-    embedding: Codebook
 
     def __init__(
         self,
@@ -78,19 +75,6 @@ class MultiScaleQuantizer(ResidualQuantizer):
         self.rates = rates
         channels = codebook.weight.shape[1]
         self.phis = nn.ModuleList(Phi(channels, phi_ratio) for _ in range(phis))
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes as they are used, (V, D) float32."""
-        return self.embedding.codes
-
-    def empty(self, batch: int, positions: int) -> Tensor:
-        """Ids (B, L), all 0."""
-        return torch.zeros(batch, positions, dtype=torch.int64, device=self.codebook.device)
-
-    def lookup(self, chosen: Tensor) -> Tensor:
-        """Ids (B, n) -> codes (B, n, D)."""
-        return self.embedding(chosen)
 
     def zeros(self, batch: int, schedule: Schedule) -> Tensor:
         """f_hat before any level, (B, D, h, w)."""
@@ -118,10 +102,6 @@ class MultiScaleQuantizer(ResidualQuantizer):
     def missing(self, rest: Tensor, level: int, schedule: Schedule) -> Tensor:
         """What is not yet there, (B, D, h, w), at a level's grid: (B, n, D)."""
         return self._area(rest, schedule.sides[level])
-
-    def statistics(self, schedule: Schedule) -> CodebookStatistics:
-        """An empty count of codes."""
-        return CodebookStatistics(len(self.codebook), schedule)
 
     def forward(self, f: Tensor, schedule: Schedule) -> Quantized:
         """Quantise for training: gradients pass straight through to f; codes and phis learn from the loss."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from varkit.errors import UserError
 from varkit.plans.schedule import Schedule
 from varkit.tokenizers.base import Latents, Tokenizer
-from varkit.tokenizers.codebook import Codebook
+from varkit.tokenizers.codebook import Codebook, CodebookStatistics
 from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder, initialize
 from varkit.tokenizers.patch import PatchEncoder, PatchEncoderConfig
 
@@ -137,6 +137,30 @@ class ScaleQuantizer(nn.Module, ABC):
                 f"{chosen.shape[1]} {self.latent} do not fill the first {levels} levels of {schedule.sides}, which "
                 f"take {schedule.offsets[levels]}; give the schedule they were encoded with, or fewer levels"
             )
+
+
+class IdsQuantizer(ScaleQuantizer):
+    """What is chosen are ids of one codebook."""
+
+    latent = "ids"
+    embedding: Codebook
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes as they are used, (V, D) float32."""
+        return self.embedding.codes
+
+    def empty(self, batch: int, positions: int) -> Tensor:
+        """Ids (B, L), all 0."""
+        return torch.zeros(batch, positions, dtype=torch.int64, device=self.codebook.device)
+
+    def lookup(self, chosen: Tensor) -> Tensor:
+        """Ids (B, n) -> codes (B, n, D)."""
+        return self.embedding(chosen)
+
+    def statistics(self, schedule: Schedule) -> CodebookStatistics:
+        """An empty count of codes."""
+        return CodebookStatistics(len(self.codebook), schedule)
 
 
 class ResidualQuantizer(ScaleQuantizer):

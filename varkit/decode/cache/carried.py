@@ -51,12 +51,14 @@ class Carried:
 
     def open(self, step: Step, at: Tensor) -> None:
         """Begin a window of one step or of several packed ones."""
-        self._spans = _spans(step, self.branches)
-        self._after = [{} for _ in self._spans]
-        self._at = at
+        self._step, self._at = step, at
+        self._spans, self._after = [], []  # most models carry nothing and never ask
 
     def run(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
         """A layer's scan over the window, (N, L, C) -> (N, L, C)."""
+        if not self._spans:
+            self._spans = _spans(self._step, self.branches)
+            self._after = [{} for _ in self._spans]
         carry = self.now.layers.get(layer)
         if len(self._spans) == 1 and self._spans[0].index is None:
             out, self._after[0][layer] = scan(x, carry, self._spans[0].counts(x))
@@ -74,8 +76,11 @@ class Carried:
             after[layer] = carry
         return out
 
-    def close(self, step: Step) -> None:
+    def close(self) -> None:
         """End the window; a step that neither writes nor carries changes nothing but the count of steps."""
+        step = self._step
+        if not self._spans and not self.now.layers:
+            return
         valid = step.feed.valid
         moved = torch.ones_like(self._at, dtype=torch.bool) if valid is None else valid.any(dim=1)
 
@@ -83,7 +88,7 @@ class Carried:
             return torch.where(moved, self._at + turns, before.at)
 
         before = self.now
-        if not (step.writes or step.carries):
+        if not self._spans or not (step.writes or step.carries):
             self.moments[-1] = replace(before, at=at(step.turns))
             return
         self.moments = [before]

@@ -67,7 +67,7 @@ class FullCache(Cache):
         assert self._step is not None, "close() without open()"
         if self._step.writes:
             self._stamp(self._step.feed.ids)
-        self.carried.close(self._step)
+        self.carried.close()
         self._step = None
 
     def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:

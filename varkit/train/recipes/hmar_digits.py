@@ -4,7 +4,6 @@ Both stages together take the steps of `digit_scales`, shared two to one as publ
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +27,13 @@ def hmar_digits() -> Recipe:
     base = digit_scales()
     config, train = base.generator.config, base.generator.train
     assert isinstance(config, VARConfig) and train.steps is not None
-    told: dict[str, Any] = {name: getattr(config, name) for name in VARConfig.__dataclass_fields__}
     refining = replace(train, steps=train.steps // 3)
     further = FurtherRecipe(
         "refinement", "mask", branch_off, MaskedScales, refining, base.generator.batch_size, share=1 / 3
     )
     generator = replace(
         base.generator,
-        config=HMARConfig(**told, mask_depth=2),
+        config=HMARConfig(**vars(config), mask_depth=2),
         train=replace(train, steps=train.steps - train.steps // 3),
         teach=FirstGuesses,
         further=further,
