@@ -109,6 +109,7 @@ def adapt(
     train = request.apply(recipe.generator.train, 1.0)
     if request.lr is not None:
         train = replace(train, lr=request.lr)
+    start.to(request.place)
     parts = _parts(start, recipe)
     say = begin(root, request, resume, say)
     tokens, held_out = encoded(start.tokenizer, dataset, recipe.generator.pictures, root, say)

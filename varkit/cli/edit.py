@@ -38,6 +38,8 @@ class Edit(Sampling):
     """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
     model: str = "scenes"
     """A bundled model, a saved folder, or a training's output folder."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
     n: int = 1
     """Versions to draw."""
     seed: int = 0
@@ -82,11 +84,12 @@ class Edit(Sampling):
         from PIL import Image
 
         from varkit.data.images import open_image
+        from varkit.devices import find_device
         from varkit.edit.inpaint import box_mask, inpaint, paste
         from varkit.edit.refine import refine, surrounded
         from varkit.hub.pipeline import load
 
-        size, pipeline = parse_size(self.size), load(self.model)
+        size, pipeline = parse_size(self.size), load(self.model).to(find_device(self.device))
         prompt = self.caption if self.label is None else self.label
         if self.refine:
             return refine(pipeline.sized(size), original, prompt, self.n, self.seed, **self.chosen())

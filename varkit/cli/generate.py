@@ -96,6 +96,8 @@ class Generate(Sampling):
     """Write one picture with all of them."""
     previews: bool = False
     """Also write a strip of each picture as it grew, step by step (NAME-previews.png)."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
     dtype: str | None = None
     """Compute in float32, bfloat16 or float16; by default as the model was saved."""
     offload: Literal["disk", "ram"] | None = None
@@ -163,10 +165,12 @@ class Generate(Sampling):
         """The model, as the options want it."""
         size = parse_size(self.size)
 
+        from varkit.devices import find_device
         from varkit.hub.pipeline import load
         from varkit.plans.flexible import sides_of
 
-        pipeline = load(self.model, self.dtype, self.offload).sized(size)
+        device = find_device(self.device)
+        pipeline = load(self.model, self.dtype, self.offload).to(device).sized(size)
         if self.schedule is not None:
             pipeline = pipeline.scheduled(sides_of(self.schedule))
         elif self.steps is not None:

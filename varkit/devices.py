@@ -1,0 +1,57 @@
+"""Where to compute: a device by name, and things moved there."""
+
+import itertools
+import os
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from varkit.errors import UserError
+
+AUTO = "auto"
+MOST_WORKERS = 8
+
+
+def find_device(name: str = AUTO) -> torch.device:
+    """The device called "cpu", "cuda", "cuda:1", ...; "auto" is the first accelerator if there is one, else the CPU.
+
+    Raises `UserError` for what this machine, or this build of torch, does not have.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == AUTO:
+        return there or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device; use {_known(there)}") from None
+    if device.type == "cpu":
+        return device
+    count = torch.accelerator.device_count() if there is not None and there.type == device.type else 0
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name!r} is not on this machine; use {_known(there)}")
+    return device
+
+
+def placed(value: Any, device: torch.device) -> Any:
+    """Tensors in nested dicts, lists, tuples and named tuples on the device; everything else as it is."""
+    assert not is_dataclass(value), "tensors in dataclasses would be left behind"
+    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, value)
+
+
+def device_of(part: Any) -> torch.device:
+    """Where a module's weights are; the CPU for what has none."""
+    tensors = itertools.chain(part.parameters(), part.buffers()) if isinstance(part, nn.Module) else iter(())
+    first = next(tensors, None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def workers_for(device: torch.device) -> int:
+    """Processes that prepare pictures meanwhile: on a CPU none, since the networks take all cores already."""
+    return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+
+
+def _known(there: torch.device | None) -> str:
+    return "cpu" if there is None else f"cpu or {there.type}"
