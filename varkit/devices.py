@@ -1,4 +1,8 @@
-"""Where to compute: a device by name, and things moved there."""
+"""Where to compute: a device by name, and things moved there.
+
+Tensors that decide shapes and branches (steps, masks, draws) live on the CPU, and follow the work to a device without
+waiting for it: it would stand idle while the host prepares what comes next.
+"""
 
 import itertools
 import os
@@ -8,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from varkit.errors import UserError
 
 AUTO = "auto"
 MOST_WORKERS = 8
+
+_COPIES = WeakTensorKeyDictionary()
+"""By tensor and device; a copy is forgotten with its tensor."""
 
 
 def find_device(name: str = AUTO) -> torch.device:
@@ -38,7 +46,22 @@ def find_device(name: str = AUTO) -> torch.device:
 def placed(value: Any, device: torch.device) -> Any:
     """Tensors in nested dicts, lists, tuples and named tuples on the device; everything else as it is."""
     assert not is_dataclass(value), "tensors in dataclasses would be left behind"
-    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, value)
+    return tree_map(lambda x: sent(x, device) if isinstance(x, Tensor) else x, value)
+
+
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """t on the device, the same tensor if it is there. What comes back to the CPU is waited for."""
+    return t.to(device, non_blocking=device.type != "cpu")
+
+
+def sent_once(t: Tensor, device: torch.device) -> Tensor:
+    """t on the device, copied the first time only: for what is never written to, as the tensors of a plan's steps."""
+    if t.device == device:
+        return t
+    copies = _COPIES.setdefault(t, {})
+    if device not in copies:
+        copies[device] = sent(t, device)
+    return copies[device]
 
 
 def device_of(part: Any) -> torch.device:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from varkit.devices import sent, sent_once
 from varkit.plans.step import Slots, Step
 
 NEVER = -1
@@ -91,7 +92,7 @@ def gather_positions(table: Tensor, positions: Tensor) -> Tensor:
     complete = bool(
         (positions >= 0).all()
     )  # asked where the plan's tensors live: no synchronisation with the device
-    positions = positions.to(table.device)
+    positions = sent_once(positions, table.device)
     if positions.ndim == 1:
         found = table[:, positions.clamp(min=0)]
     else:
@@ -108,14 +109,14 @@ def scatter_positions(table: Tensor, positions: Tensor, values: Tensor, keep: Te
     False.
     """
     complete = positions.ndim == 1 and keep is None and bool((positions >= 0).all())
-    positions = positions.to(table.device)
     if complete:
-        table[:, positions] = values.to(table.dtype)
+        table[:, sent_once(positions, table.device)] = values.to(table.dtype)
         return
     wanted = positions.expand(table.shape[0], -1)
-    ok = wanted >= 0 if keep is None else (wanted >= 0) & keep.to(table.device)
-    rows = torch.arange(table.shape[0], device=table.device)[:, None].expand_as(wanted)
-    table[rows[ok], wanted[ok]] = values.to(table.dtype)[ok]
+    ok = wanted >= 0 if keep is None else (wanted >= 0) & keep
+    rows, columns = ok.nonzero(as_tuple=True)  # there too: a device would have to tell how many they are
+    there, places, here = (sent(t, table.device) for t in (rows, wanted[rows, columns], columns))
+    table[there, places] = values.to(table.dtype)[there, here]
 
 
 def steps_of(step: Step, at: Tensor) -> Tensor:

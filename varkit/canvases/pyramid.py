@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varkit.canvases.base import NEVER, Canvas, gather_positions, mark_revealed, scatter_positions
+from varkit.devices import sent
 from varkit.plans.schedule import Schedule
 from varkit.plans.step import Slots, Step
 
@@ -86,7 +87,7 @@ class PyramidCanvas(Canvas):
         fresh = self._complete() & ~before
         for level in fresh.any(dim=0).nonzero()[:, 0].tolist():
             a, e = self.schedule.offsets[level], self.schedule.offsets[level + 1]
-            rows = fresh[:, level].nonzero()[:, 0].to(self.f_hat.device)
+            rows = sent(fresh[:, level].nonzero()[:, 0], self.f_hat.device)
             self._add(level, self._tensors["codes"][rows, a:e], None if len(rows) == self.batch else rows)
         for b in again.nonzero()[:, 0].tolist():
             self._replay(b)  # a level drawn anew: its old codes must leave the sum

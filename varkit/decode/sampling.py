@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varkit.decode.guidance import BySteps, by_step
+from varkit.devices import sent
 from varkit.errors import UserError
 from varkit.heads.base import Ask
 from varkit.plans.base import CONFIDENCE
@@ -52,7 +53,7 @@ class Sampler:
             return logits.argmax(dim=-1)
         target, shape = ask.step.target.clamp(min=0), logits.shape[:-1]
         uniform = ask.draws.uniform("token", ask.at, target, math.prod(shape[2:])).view(shape)
-        ids = pick(self.filtered(logits, ask.progress), uniform.to(logits.device))
+        ids = pick(self.filtered(logits, ask.progress), sent(uniform, logits.device))
         if isinstance(self.temperature, tuple) and 0 in self.temperature:
             greedy = _over(by_step(self.temperature, ask.progress) == 0, ids)
             ids = torch.where(greedy, logits.argmax(dim=-1), ids)
@@ -78,7 +79,7 @@ class Sampler:
 
 def _over(x: Tensor, like: Tensor) -> Tensor:
     """(B, 1) or (B, T) -> broadcastable to `like` (B, T, ...)."""
-    return x.to(like.device).view(*x.shape, *([1] * (like.ndim - 2)))
+    return sent(x, like.device).view(*x.shape, *([1] * (like.ndim - 2)))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -124,10 +125,8 @@ class SmoothSampler:
 
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
         """logits (B, T, V) -> ids (B, T) and codes (B, T, D)."""
-        gumbel = ask.draws.gumbel("smooth", ask.at, ask.step.target.clamp(min=0), logits.shape[-1]).to(
-            logits.device
-        )
-        r = ask.progress.to(logits.device)[..., None]
+        gumbel = ask.draws.gumbel("smooth", ask.at, ask.step.target.clamp(min=0), logits.shape[-1])
+        gumbel, r = sent(gumbel, logits.device), sent(ask.progress, logits.device)[..., None]
         tau = (0.27 * (1 - 0.95 * r)).clamp(min=0.005)
         weights = ((self.sampler.filtered(logits, ask.progress) * (1 + r) + gumbel) / tau).softmax(dim=-1)
         return {**self.sampler(logits, ask), "codes": weights @ self.codebook}

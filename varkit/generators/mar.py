@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.canvases.base import gather_positions
+from varkit.devices import sent_once
 from varkit.errors import UserError, unknown_name
 from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, TextCondition
@@ -163,10 +164,14 @@ class MAR(Generator):
         buffer, batch = prepared["buffer"].flatten(0, 1), len(fed["latents"])
         branches, device = len(buffer) // batch, buffer.device
         keep = kept(step.feed, batch)
-        ids = per_row(step.feed.ids.clamp(min=0), 1, branches).to(device)
+        ids = per_row(sent_once(step.feed.ids, device), 1, branches).clamp(min=0)
         h = self._encode(self._embed(fed["latents"], step, buffer, ids), keep, step, prepared, ports)
-        place = rows(torch.where(keep, keep.cumsum(dim=1) - 1, -1), branches).to(device)
-        h = torch.where((place < 0)[..., None], self.mask, gather_positions(self.decoder_embed(h), place))
+        place = rows(torch.where(keep, keep.cumsum(dim=1) - 1, -1), branches)
+        h = torch.where(
+            (sent_once(place, device) < 0)[..., None],
+            self.mask,
+            gather_positions(self.decoder_embed(h), place),
+        )
         h = h + self.decoder_position[ids]
         h = self._through(self.decoder, self.config.depth, h, window, step, prepared, ports)
         h = self.decoder_norm(h) + self.output_position[(ids - self.config.buffer).clamp(min=0)]
@@ -176,9 +181,11 @@ class MAR(Generator):
         """(B, L, D) -> (N, L, C): tokens, or the buffer (N, P, C) in its slots, and where they stand."""
         branches = len(buffer) // len(latents)
         h = rows(self.embed(latents.to(self.embed.weight.dtype)), branches)
-        condition = per_row(step.feed.segment == CONDITION, 1, branches).to(h.device)
+        condition = per_row(sent_once(step.feed.segment, h.device) == CONDITION, 1, branches)
         at = ids.clamp(max=self.config.buffer - 1)
-        start = buffer[:, at] if at.ndim == 1 else buffer[torch.arange(len(buffer))[:, None], at]
+        start = (
+            buffer[:, at] if at.ndim == 1 else buffer[torch.arange(len(buffer), device=h.device)[:, None], at]
+        )
         return torch.where(condition[..., None], start, h) + self.encoder_position[ids]
 
     def _encode(self, h: Tensor, keep: Tensor, step: Step, prepared: Prepared, ports: Ports | None) -> Tensor:

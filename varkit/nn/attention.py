@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkit.devices import sent
 from varkit.nn.linear import Linear
 from varkit.nn.neighbourhood import Tiles, worth_tiles
 from varkit.plans.step import Step
@@ -99,14 +100,14 @@ class Packed:
         return cls(own if isinstance(own, Apart) else own_mask(own, length), step.feed.valid, branches)
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
-        self.masks = [m if m is None else m.to(q.device) for m in self.masks]
+        self.masks = [_sent(m, q.device) for m in self.masks]
         if self.lengths is None:
             return [View(k, v, self.masks[0])]
         runs = zip(k.split(self.lengths, dim=2), v.split(self.lengths, dim=2), self.masks, strict=True)
         return [View(*run, queries=run[0].shape[2]) for run in runs]
 
     def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
-        return scan(x, None, None if self.counts is None else self.counts.to(x.device))[0]
+        return scan(x, None, None if self.counts is None else sent(self.counts, x.device))[0]
 
     def narrow(self, hidden: Tensor, ids: Tensor) -> "Packed":
         mask = self.masks[0] if self.lengths is None else self.own.mask()  # type: ignore[union-attr]
@@ -125,6 +126,10 @@ def _visible(own: Own, length: int) -> Tensor | Tiles | None:
     return Tiles.of(own) if isinstance(own, Neighbourhood) and worth_tiles(own) else own_mask(own, length)
 
 
+def _sent(mask: Tensor | Tiles | None, device: torch.device) -> Tensor | Tiles | None:
+    return sent(mask, device) if isinstance(mask, Tensor) else mask and mask.to(device)
+
+
 def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
     """A mask, broadcastable to (N, 1, L, S), less what is hidden from each row, as where prompts differ in length.
 
@@ -132,12 +137,12 @@ def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor)
     sees itself, so that no query is left without a key.
     """
     rows, device = len(hidden), hidden.device
-    keys, queries = (torch.atleast_2d(ids.to(device)) for ids in (keys, queries))
+    keys, queries = (torch.atleast_2d(sent(ids, device)) for ids in (keys, queries))
     keys, queries = (ids if len(ids) == 1 else ids.repeat(rows // len(ids), 1) for ids in (keys, queries))
     index = keys.clamp(0, hidden.shape[1] - 1).expand(rows, -1)
     unseen = hidden.gather(1, index) & (keys < hidden.shape[1])
     seen = (~unseen[:, None] | (keys[:, None] == queries[..., None]))[:, None]
-    return seen if mask is None else seen & mask.to(device)
+    return seen if mask is None else seen & sent(mask, device)
 
 
 def attend(q: Tensor, views: Sequence[View], scale: float | None = None, dropout: float = 0.0) -> Tensor:

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from varkit.devices import sent_once
 from varkit.plans.visibility import Neighbourhood
 
 SIDE = 8
@@ -45,8 +46,10 @@ class Tiles:
 
     def to(self, device: torch.device) -> "Tiles":
         """On a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return Tiles(self.queries.to(device), self.keys.to(device), mask, self.back.to(device))
+        mask = None if self.mask is None else sent_once(self.mask, device)
+        return Tiles(
+            *(sent_once(t, device) for t in (self.queries, self.keys)), mask, sent_once(self.back, device)
+        )
 
     def apply(
         self,
