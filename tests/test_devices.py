@@ -13,6 +13,7 @@ from varkit.devices import device_of, find_device, placed, workers_for
 from varkit.errors import UserError
 from varkit.tokenizers.pixels import PixelsConfig
 from varkit.train import tokens
+from varkit.train.casting import Together, in_dtype
 from varkit.train.muon import StackedMuon, orthogonal
 from varkit.train.run import Request
 from varkit.train.task import Phase, Task, TrainConfig
@@ -152,3 +153,30 @@ def test_directions_are_nearly_orthogonal() -> None:
     made = orthogonal(x, (3.4445, -4.775, 2.0315), 5, 1e-7)
     singular = torch.linalg.svdvals(made.float())
     assert made.shape == x.shape and singular.min() > 0.6 and singular.max() < 1.3
+
+
+def test_casts_together_are_casts_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(2)
+    together, alone = (
+        [nn.Parameter(torch.randn(shape, generator=generator.manual_seed(2))) for shape in SHAPES]
+        for _ in range(2)
+    )
+    weights = [torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES]
+    made = Together.apply(torch.bfloat16, *together)
+    torch.stack([(m * w).sum() for m, w in zip(made, weights, strict=True)]).sum().backward()
+    for p, q, m, w in zip(together, alone, made, weights, strict=True):
+        one = q.bfloat16()
+        (one * w).sum().backward()
+        assert torch.equal(m, one) and torch.equal(p.grad, q.grad) and p.grad.dtype == torch.float32  # type: ignore[union-attr,arg-type]
+
+
+def test_what_begins_at_odd_places_or_lies_on_a_cpu_is_cast_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(Together, "apply", lambda dtype, *tensors: calls.append(len(tensors)) or tensors)
+    shapes = {"a": (3, 1), "b": (4, 2), "c": (16,)}
+    here = in_dtype({n: torch.ones(s) for n, s in shapes.items()}, torch.bfloat16)
+    assert not calls and {t.dtype for t in here.values()} == {torch.bfloat16} and list(here) == list(shapes)
+    in_dtype({n: torch.ones(s, device="meta") for n, s in shapes.items()}, torch.bfloat16)
+    assert calls == [2]

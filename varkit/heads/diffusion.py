@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varkit.devices import sent, sent_once
+from varkit.devices import placed, sent, sent_once
 from varkit.errors import UserError
 from varkit.heads.base import Ask, Head
 from varkit.heads.gaussian_diffusion import TIMES, GaussianDiffusion, Reverse, spread
@@ -95,6 +95,7 @@ class DiffusionHead(Head):
                 "times": torch.rand(shape, device=h.device),
                 "noise": torch.randn(*shape, x0.shape[-1], device=h.device),
             }
+        draws = placed(draws, h.device)
         times = (draws["times"] * TIMES).long()
         error, bound = self.terms(h, x0, times, draws["noise"])
         return (error + bound).mean(dim=-1)

@@ -28,7 +28,10 @@ class StackedMuon(torch.optim.Muon):
     def _move(self, matrices: list[Tensor], group: dict[str, Any], rate: float) -> None:
         """One step of matrices of one shape."""
         gradients = [p.grad for p in matrices if p.grad is not None]
-        momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
         directions = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(

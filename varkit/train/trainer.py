@@ -27,6 +27,7 @@ from varkit.data.ahead import made_ahead
 from varkit.devices import placed, workers_for
 from varkit.errors import UserError
 from varkit.ranks import Ranks, current
+from varkit.train.casting import in_dtype
 from varkit.train.muon import StackedMuon
 from varkit.train.optim import EMA, NamedOptimizer, cosine, in_block, lr_factor
 from varkit.train.runs import Checkpoint
@@ -294,11 +295,14 @@ class _Loss(nn.Module):
         if dtype == torch.float32:
             loss, metrics = self(*args)
             return loss.float(), metrics
-        cast = {
-            f"model.{name}": p.to(dtype)
-            for name, p in self.model.named_parameters()
-            if p.is_floating_point() and not self.task.keeps_float32(name)
-        }
+        cast = in_dtype(
+            {
+                f"model.{name}": p
+                for name, p in self.model.named_parameters()
+                if p.is_floating_point() and not self.task.keeps_float32(name)
+            },
+            dtype,
+        )
         loss, metrics = torch.func.functional_call(self, cast, args)
         return loss.float(), metrics
 
