@@ -12,7 +12,9 @@ _COPIES = WeakTensorKeyDictionary()
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
-    """t on the device, the same tensor if it is there."""
+    """t on the device, the same tensor if it is there. What a CUDA graph records may not send anything."""
+    recording = device.type == "cuda" and t.device.type == "cpu" and torch.cuda.is_current_stream_capturing()
+    assert not recording, f"a tensor of shape {tuple(t.shape)} would be sent within a CUDA graph"
     return t.to(device, non_blocking=True)
 
 

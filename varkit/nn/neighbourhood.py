@@ -47,9 +47,8 @@ class Tiles:
     def to(self, device: torch.device) -> "Tiles":
         """On a device."""
         mask = None if self.mask is None else sent_once(self.mask, device)
-        return Tiles(
-            *(sent_once(t, device) for t in (self.queries, self.keys)), mask, sent_once(self.back, device)
-        )
+        queries, keys, back = (sent_once(t, device) for t in (self.queries, self.keys, self.back))
+        return Tiles(queries, keys, mask, back)
 
     def apply(
         self,
