@@ -50,7 +50,11 @@ def placed(value: Any, device: torch.device) -> Any:
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
-    """t on the device, the same tensor if it is there. What comes back to the CPU is waited for."""
+    """t on the device, the same tensor if it is there. What comes back to the CPU is waited for, and what a CUDA graph
+    records may not send anything.
+    """
+    recording = device.type == "cuda" and t.device.type == "cpu" and torch.cuda.is_current_stream_capturing()
+    assert not recording, f"a tensor of shape {tuple(t.shape)} would be sent within a CUDA graph"
     return t.to(device, non_blocking=device.type != "cpu")
 
 

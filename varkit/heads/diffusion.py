@@ -101,17 +101,19 @@ class DiffusionHead(Head):
         return (error + bound).mean(dim=-1)
 
     def sample(self, h: Tensor, ask: Ask) -> dict[str, Tensor]:
-        steps, channels = len(self.reverse), self.config.channels
-        place = ask.step.target.clamp(min=0)
-        noise = ask.draws.normal("diffusion", ask.at, place, steps * channels).unflatten(
-            -1, (steps, channels)
-        )
-        noise, temperature = sent(noise, h.device).movedim(2, 0), ask.temperature
+        noise, temperature = self.noise(ask, h.device), ask.temperature
         if isinstance(temperature, Tensor):
             temperature = sent(temperature, h.device)
         return {
             "latents": self.sample_with(h, noise, lambda eps: ask.combine(eps, ask.progress), temperature)
         }
+
+    def noise(self, ask: Ask, device: torch.device) -> Tensor:
+        """All noise of a sampling, (S, B, T, D)."""
+        steps, channels = len(self.reverse), self.config.channels
+        place = ask.step.target.clamp(min=0)
+        noise = ask.draws.normal("diffusion", ask.at, place, steps * channels)
+        return sent(noise, device).unflatten(-1, (steps, channels)).movedim(2, 0)
 
     def sample_with(
         self,

@@ -127,7 +127,9 @@ def _visible(own: Own, length: int) -> Tensor | Tiles | None:
 
 
 def _sent(mask: Tensor | Tiles | None, device: torch.device) -> Tensor | Tiles | None:
-    return sent(mask, device) if isinstance(mask, Tensor) else mask and mask.to(device)
+    if mask is None:
+        return None
+    return sent(mask, device) if isinstance(mask, Tensor) else mask.to(device)
 
 
 def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor) -> Tensor:

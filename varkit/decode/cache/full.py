@@ -100,7 +100,8 @@ class FullCache(Cache):
         if self._alone is not None:
             self._alone = self._alone.narrow(hidden, ids)
             return self
-        past = torch.arange(self._held).expand(*ids.shape[:-1], -1)
+        ids = sent_once(ids, hidden.device)
+        past = torch.arange(self._held, device=ids.device).expand(*ids.shape[:-1], -1)
         self._mask = narrowed(self._mask, hidden, torch.cat([past, ids], dim=-1), ids)
         return self
 
