@@ -32,8 +32,6 @@ from varkit.hub.schedules import at_size, by_schedule, scheduled
 from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
-from varkit.plans.flexible import FlexibleScalesConfig
-from varkit.plans.ratios import sized
 from varkit.plans.refined import RefinedConfig, parse_counts
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
@@ -199,13 +197,7 @@ class Pipeline:
 
         Raises `UserError` for a size that it cannot make.
         """
-        plan = self.configs["plan"]
-        if isinstance(plan, FlexibleScalesConfig) or (greedy_unseen, clamp) != (None, None):
-            return at_size(self, size, greedy_unseen, clamp)
-        if size is not None and size != self.size and isinstance(plan, ScalesConfig) and plan.ratios:
-            return self.over(sized(*size))
-        self.check_size(size)
-        return self
+        return at_size(self, size, greedy_unseen, clamp)
 
     def scheduled(
         self, schedule: Sequence[Side] | int, greedy_unseen: bool | None = None, clamp: bool | None = None
@@ -347,8 +339,8 @@ class Pipeline:
         """`n` pictures for each prompt, prompt after prompt.
 
         Picture i draws from sample i of `seed`, whatever the batch size. negative: a prompt that guidance leads away
-        from. `settings` replace the model's own: guidance, temperature, top_k, top_p, smooth. Raises `UserError` for
-        unknown words or labels, n below 1, a negative seed.
+        from. `settings` replace the model's own: guidance, temperature, top_k, top_p, smooth; they follow the schedule
+        (`sampling`). Raises `UserError` for unknown words or labels, n below 1, a negative seed.
         """
         chosen = replace(self.settings, **settings)
         states = self.starts(self.jobs(prompts, n), seed, batch_size, chosen, negative=negative)

@@ -1,4 +1,5 @@
-"""Another schedule at run time for a model that takes any (FlexVAR, arXiv 2502.20313, Sec. 3.4): `Pipeline.scheduled`.
+"""Another schedule at run time for a model that takes any (FlexVAR, arXiv 2502.20313, Sec. 3.4): `Pipeline.scheduled`
+and `Pipeline.sized`.
 
 Guidance and sampling depend on the schedule as in the released sampler: a ramp of guidance rises over nine steps at
 most, and scales of sides that training never drew are drawn greedily. So a pipeline keeps settings that know no
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from varkit.errors import UserError
 from varkit.plans.flexible import FlexibleScalesConfig, ramp
+from varkit.plans.ratios import sized
+from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 
 if TYPE_CHECKING:
@@ -37,7 +40,13 @@ def at_size(
     greedy_unseen: bool | None = None,
     clamp: bool | None = None,
 ) -> "Pipeline":
-    """The same for pictures of (height, width) pixels. Raises `UserError` for a size between the tokenizer's steps."""
+    """What `Pipeline.sized` gives: a flexible plan makes any size of whole tokens, Infinity's those of its table."""
+    plan = pipeline.configs["plan"]
+    if not isinstance(plan, FlexibleScalesConfig) and greedy_unseen is clamp is None:
+        if size is not None and size != pipeline.size and isinstance(plan, ScalesConfig) and plan.ratios:
+            return pipeline.over(sized(*size))
+        pipeline.check_size(size)
+        return pipeline
     plan = _flexible(pipeline)
     if size is None or size == pipeline.size:
         return _over(pipeline, plan, greedy_unseen, clamp)
