@@ -6,12 +6,13 @@ Legend: B samples, P positions, L slots fed, T targets.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from varkit.devices import sent, sent_once
+from varkit.errors import UserError
 from varkit.plans.step import Slots, Step
 
 NEVER = -1
@@ -53,7 +54,7 @@ class Canvas(ABC):
 
     @abstractmethod
     def fill(self, latents: dict[str, Tensor]) -> None:
-        """Put true latents at every position (teacher forcing)."""
+        """Put true latents at every position (teacher forcing). Raises `UserError` for another number of positions."""
 
     @abstractmethod
     def preview(self) -> Tensor:
@@ -85,6 +86,16 @@ class Canvas(ABC):
         """Samples of several canvases of the same layout, one after the other."""
         tables = [p.tensors() for p in parts]
         return parts[0].with_tensors({k: torch.cat([t[k] for t in tables]) for k in tables[0]})
+
+
+def check_positions(latents: dict[str, Tensor], names: Iterable[str], positions: int) -> None:
+    """Raise `UserError` unless latents (B, P, ...) of these names have a value for each of a canvas's positions."""
+    for name in names:
+        if latents[name].shape[1] != positions:
+            raise UserError(
+                f"latents {name!r} of {latents[name].shape[1]} positions do not fill a canvas of {positions}; encode "
+                "the pictures in the schedule that is drawn in"
+            )
 
 
 def gather_positions(table: Tensor, positions: Tensor) -> Tensor:

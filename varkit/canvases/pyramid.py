@@ -10,7 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from varkit.canvases.base import NEVER, Canvas, gather_positions, mark_revealed, scatter_positions
+from varkit.canvases.base import (
+    NEVER,
+    Canvas,
+    check_positions,
+    gather_positions,
+    mark_revealed,
+    scatter_positions,
+)
 from varkit.devices import sent
 from varkit.plans.schedule import Schedule
 from varkit.plans.step import Slots, Step
@@ -117,6 +124,7 @@ class PyramidCanvas(Canvas):
         return {self.name: self.chosen}
 
     def fill(self, latents: dict[str, Tensor]) -> None:
+        check_positions(latents, (self.name,), self.schedule.total)
         like = self.chosen
         self._tensors[self.name] = latents[self.name].to(like.device, like.dtype, copy=True)
         self._tensors["f_hat"] = torch.zeros_like(self.f_hat)

@@ -58,13 +58,14 @@ class FlexVARConfig:
 
     @classmethod
     def published(cls, depth: int, **rest: Any) -> "FlexVARConfig":
-        """A released size: depth 16, 20 or 24, all for 256 pixels."""
+        """A released size: depth 16, 20 or 24, all for 256 pixels; the largest starts with smaller gates."""
         defaults: dict[str, Any] = {
             "width": 64 * depth,
             "heads": depth,
             "code_width": 32,
             "condition": ClassConfig(1000),
             "drop_path": 0.1 * depth / 24,
+            "adaln_init": 1e-4 if depth >= 24 else 1e-3,
         }
         return cls(depth=depth, **(defaults | rest))
 
