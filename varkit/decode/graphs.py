@@ -10,6 +10,7 @@ draws made on the CPU, the canvas, and the tokenizer's decoder, which is large e
 (M-VAR) carry tensors that have no fixed place, and are refused.
 """
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +119,7 @@ class Places:
     def __init__(self, record: Record) -> None:
         self.recordings = Recordings(record)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.holder: Leased | None = None
+        self.holder: weakref.ref[Leased] | None = None
         self._prepared: dict[Hashable, tuple[Prepared, Prepared]] = {}
 
     def prepared(self, values: Prepared) -> Prepared:
@@ -139,10 +140,10 @@ class Leased(FullCache):
     def __init__(self, places: Places, batch: int, branches: int, slots: int | None) -> None:
         super().__init__(batch, branches, slots)
         self.places, self.layers = places, places.layers
-        places.holder = self
+        places.holder = weakref.ref(self)
 
     def open(self, step: Step, at: Tensor) -> "Leased":
-        if self.places.holder is not self:
+        if self.places.holder is None or self.places.holder() is not self:
             raise UserError(
                 f"a later run of {self.batch} samples has taken this run's place among the CUDA graphs; "
                 "finish one run before the next, or use the pipeline without `graphed`"
