@@ -55,6 +55,11 @@ ROUNDS = 5
 ENOUGH = 2.0
 """Seconds of runs after which no further round is taken."""
 
+INITIALISERS = (
+    "trunc_normal_", "normal_", "xavier_uniform_", "kaiming_uniform_", "kaiming_normal_", "uniform_",
+)  # fmt: skip
+"""Of `torch.nn.init`: what they draw on the CPU is drawn anew on the device."""
+
 WINDOW = 7
 """Of the neighbourhoods (arXiv 2505.12742)."""
 
@@ -201,7 +206,7 @@ def model(work: str, device: torch.device, smoke: bool) -> Pipeline:
     if smoke:
         configs = tiny(configs)
     with ExitStack() as stack:
-        for name in ("trunc_normal_", "normal_", "xavier_uniform_", "kaiming_uniform_", "uniform_"):
+        for name in INITIALISERS:
             stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
         parts = {part: config.build() for part, config in configs.items()}
     pipeline = Pipeline(parts, configs, settings).to(device, torch.bfloat16)

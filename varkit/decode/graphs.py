@@ -6,8 +6,8 @@ reads and writes fixed places, so keys and values (`Leased`) and the prepared co
 of a batch's shape holds them at a time.
 Recorded are the steps of a static plan while all samples are at the same one, and MAR's, whose shapes follow from how
 many positions are known; any other step runs kernel by kernel. So do the heads over codes and bits, which wait for
-draws made on the CPU, the canvas, and the tokenizer's decoder, which is large enough to fill a device. Recurrent layers
-(M-VAR) carry tensors that have no fixed place, and are refused.
+draws made on the CPU, the canvas, and the tokenizer's decoder, which is large enough to fill a device. Refused are
+generators that are not `recordable`: M-VAR, whose layers carry tensors without a fixed place, and PixelCNN++.
 """
 
 import weakref
@@ -26,7 +26,6 @@ from varkit.generators.base import Condition, Generator, Prepared
 from varkit.generators.mar import MAR
 from varkit.heads.base import Ask, Head
 from varkit.heads.diffusion import DiffusionHead
-from varkit.nn.attention import Scan
 from varkit.nn.ports import Ports
 from varkit.plans.base import Plan, StaticPlan
 from varkit.plans.masked import MaskedPlan
@@ -166,11 +165,6 @@ class Leased(FullCache):
         """What tells windows of a static plan's step apart, None where samples differ in what they hold."""
         return None if self.slots is None or self._filled is None else self._filled
 
-    def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
-        raise UserError(
-            "recurrent layers carry tensors that CUDA graphs cannot follow; use the pipeline without `graphed`"
-        )
-
 
 class GraphedGenerator(Generator):
     """A generator whose steps are replayed where that is possible; what it computes is the same."""
@@ -248,9 +242,15 @@ class GraphedDiffusion(Head):
 
 
 class Graphs:
-    """A model whose steps are replayed, and the caches that its runs need: `model` and `cache`."""
+    """A model whose steps are replayed, and the caches that its runs need: `model` and `cache`.
+
+    Raises `UserError` for a generator that is not `recordable`.
+    """
 
     def __init__(self, model: Model, record: Record) -> None:
+        if not model.generator.recordable:
+            name = type(model.generator).__name__
+            raise UserError(f"the steps of {name} cannot be CUDA graphs; use the pipeline without `graphed`")
         self.record = record
         self._places: dict[Hashable, Places] = {}
         heads = {
