@@ -31,6 +31,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from varkit.bench.machine import Limits
 from varkit.bench.measure import any_condition
@@ -53,6 +54,11 @@ WORKS = ("var-d16", "infinity-125m", "llamagen-b", "mar-base")
 ROUNDS = 5
 ENOUGH = 2.0
 """Seconds of runs after which no further round is taken."""
+
+INITIALISERS = (
+    "trunc_normal_", "normal_", "xavier_uniform_", "kaiming_uniform_", "kaiming_normal_", "uniform_",
+)  # fmt: skip
+"""Of `torch.nn.init`: what they draw on the CPU is drawn anew on the device."""
 
 WINDOW = 7
 """Of the neighbourhoods (arXiv 2505.12742)."""
@@ -157,12 +163,12 @@ def measured(
         makers["eager"] = model(work, device, smoke)
     pipeline = makers["eager"]
     condition = _condition(pipeline, batch, device)
-    draw = partial(picture, pipeline, condition)
     start = time.perf_counter()
     products = counted(pipeline, condition)
     told: dict[str, Any] = {"counting": time.perf_counter() - start}
-    plain = run(pipeline.model, _started(pipeline, condition))
-    told["eager"] = seconds_of(draw, device) / batch
+    drawn: list[State] = []
+    told["eager"] = seconds_of(partial(picture, pipeline, condition, drawn), device) / batch
+    plain = drawn[-1]
     told["flops"] = sum(p.flops * n for of in products.values() for p, n in of.items()) / batch
     told["bytes"] = sum(p.bytes * n for of in products.values() for p, n in of.items()) / batch
     told["limit"] = sum(found.seconds(p) * n for of in products.values() for p, n in of.items()) / batch
@@ -184,12 +190,11 @@ def _graphs(
     batch = plain.batch
     other = graphed(pipeline)
     start = time.perf_counter()
-    state = run(other.model, _started(other, condition))
+    drawn = [run(other.model, _started(other, condition))]
     wait(device)
     told: dict[str, Any] = {"recording": time.perf_counter() - start}
-    again = run(other.model, _started(other, condition))
-    told["same"] = [compared(plain, each) for each in (state, again)]
-    told["graphed"] = seconds_of(partial(picture, other, condition), device) / batch
+    told["graphed"] = seconds_of(partial(picture, other, condition, drawn), device) / batch
+    told["same"] = [compared(plain, state) for state in (drawn[0], drawn[-1])]
     told["graphed_fraction"] = limit / told["graphed"]
     told["graphed_parts"] = by_part(other, condition, device, products, found)
     return told
@@ -201,7 +206,7 @@ def model(work: str, device: torch.device, smoke: bool) -> Pipeline:
     if smoke:
         configs = tiny(configs)
     with ExitStack() as stack:
-        for name in ("trunc_normal_", "normal_", "xavier_uniform_", "kaiming_uniform_", "uniform_"):
+        for name in INITIALISERS:
             stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
         parts = {part: config.build() for part, config in configs.items()}
     pipeline = Pipeline(parts, configs, settings).to(device, torch.bfloat16)
@@ -244,9 +249,10 @@ def _started(pipeline: Pipeline, condition: dict[str, Tensor]) -> State:
     return pipeline.start_from(condition, 0, samples, pipeline.settings)
 
 
-def picture(pipeline: Pipeline, condition: dict[str, Tensor]) -> None:
-    """A batch, from its condition to pictures in main memory."""
-    pipeline.pictures(run(pipeline.model, _started(pipeline, condition)))
+def picture(pipeline: Pipeline, condition: dict[str, Tensor], drawn: list[State]) -> None:
+    """A batch, from its condition to pictures in main memory; its state is added to those drawn."""
+    drawn.append(run(pipeline.model, _started(pipeline, condition)))
+    pipeline.pictures(drawn[-1])
 
 
 def compared(one: State, other: State) -> dict[str, float]:
@@ -286,15 +292,34 @@ def charged(pipeline: Pipeline, parts: Parts) -> Iterator[Pipeline]:
 
 
 def counted(pipeline: Pipeline, condition: dict[str, Tensor]) -> dict[str, Counter[Product]]:
-    """The matrix work of a run, by part."""
+    """The matrix work of a run, by part. A head's is counted once for each shape: a diffusion's is long."""
     parts = Parts()
-    with charged(pipeline, parts) as own:
-        work = Work(lambda: parts.current)
+    work = Work(lambda: parts.current)
+    with charged(pipeline, parts) as own, ExitStack() as stack:
+        for head in own.model.heads.values():
+            stack.enter_context(mock.patch.object(head, "sample", _once(head.sample, work)))
         with work:
             state = run(own.model, _started(own, condition))
             with parts.of("decoder"), torch.no_grad():
                 state.canvas.preview()
     return work.products
+
+
+def _once(sample: Callable[..., Any], work: Work) -> Callable[..., Any]:
+    known: dict[torch.Size, dict[str, Counter[Product]]] = {}
+
+    def counting(h: Tensor, ask: Any) -> Any:
+        if h.shape in known:
+            for part, products in known[h.shape].items():
+                work.products.setdefault(part, Counter()).update(products)
+            with _disable_current_modes():
+                return sample(h, ask)
+        before = {part: Counter(products) for part, products in work.products.items()}
+        values = sample(h, ask)
+        known[h.shape] = {part: now - before.get(part, Counter()) for part, now in work.products.items()}
+        return values
+
+    return counting
 
 
 def by_part(

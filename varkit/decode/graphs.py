@@ -6,10 +6,11 @@ reads and writes fixed places, so keys and values (`Leased`) and the prepared co
 of a batch's shape holds them at a time.
 Recorded are the steps of a static plan while all samples are at the same one, and MAR's, whose shapes follow from how
 many positions are known; any other step runs kernel by kernel. So do the heads over codes and bits, which wait for
-draws made on the CPU, the canvas, and the tokenizer's decoder, which is large enough to fill a device. Recurrent layers
-(M-VAR) carry tensors that have no fixed place, and are refused.
+draws made on the CPU, the canvas, and the tokenizer's decoder, which is large enough to fill a device. Refused are
+generators that are not `recordable`: M-VAR, whose layers carry tensors without a fixed place, and PixelCNN++.
 """
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,6 @@ from varkit.generators.base import Condition, Generator, Prepared
 from varkit.generators.mar import MAR
 from varkit.heads.base import Ask, Head
 from varkit.heads.diffusion import DiffusionHead
-from varkit.nn.attention import Scan
 from varkit.nn.ports import Ports
 from varkit.plans.base import Plan, StaticPlan
 from varkit.plans.masked import MaskedPlan
@@ -118,7 +118,7 @@ class Places:
     def __init__(self, record: Record) -> None:
         self.recordings = Recordings(record)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.holder: Leased | None = None
+        self.holder: weakref.ref[Leased] | None = None
         self._prepared: dict[Hashable, tuple[Prepared, Prepared]] = {}
 
     def prepared(self, values: Prepared) -> Prepared:
@@ -139,10 +139,10 @@ class Leased(FullCache):
     def __init__(self, places: Places, batch: int, branches: int, slots: int | None) -> None:
         super().__init__(batch, branches, slots)
         self.places, self.layers = places, places.layers
-        places.holder = self
+        places.holder = weakref.ref(self)
 
     def open(self, step: Step, at: Tensor) -> "Leased":
-        if self.places.holder is not self:
+        if self.places.holder is None or self.places.holder() is not self:
             raise UserError(
                 f"a later run of {self.batch} samples has taken this run's place among the CUDA graphs; "
                 "finish one run before the next, or use the pipeline without `graphed`"
@@ -164,11 +164,6 @@ class Leased(FullCache):
     def fixed(self) -> Hashable | None:
         """What tells windows of a static plan's step apart, None where samples differ in what they hold."""
         return None if self.slots is None or self._filled is None else self._filled
-
-    def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
-        raise UserError(
-            "recurrent layers carry tensors that CUDA graphs cannot follow; use the pipeline without `graphed`"
-        )
 
 
 class GraphedGenerator(Generator):
@@ -247,9 +242,15 @@ class GraphedDiffusion(Head):
 
 
 class Graphs:
-    """A model whose steps are replayed, and the caches that its runs need: `model` and `cache`."""
+    """A model whose steps are replayed, and the caches that its runs need: `model` and `cache`.
+
+    Raises `UserError` for a generator that is not `recordable`.
+    """
 
     def __init__(self, model: Model, record: Record) -> None:
+        if not model.generator.recordable:
+            name = type(model.generator).__name__
+            raise UserError(f"the steps of {name} cannot be CUDA graphs; use the pipeline without `graphed`")
         self.record = record
         self._places: dict[Hashable, Places] = {}
         heads = {

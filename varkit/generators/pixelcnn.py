@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.canvases.base import gather_positions, scatter_positions
+from varkit.devices import sent_once
 from varkit.errors import UserError
 from varkit.generators.base import Condition, Generator, Prepared, branches_and_batch, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig
@@ -84,6 +85,8 @@ class PixelCNN(Generator):
 
     Ports: ("block", i) gets ul after block i, (N, places of its level, F); ("output", 0) the hidden states.
     """
+
+    recordable = False
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
@@ -161,8 +164,9 @@ def _seen(pixels: Tensor, step: Step, window: Window, branches: int, width: int)
     A pixel seen by any slot counts for all: kernels tell earlier from later by place.
     """
     values = rows(pixels, branches)
-    coords = per_row(step.feed.coords, 2, branches).to(values)
-    shown = per_row(step.feed.shows >= 0, 1, branches).to(values)
+    coords, shows = (sent_once(t, values.device) for t in (step.feed.coords, step.feed.shows))
+    coords = per_row(coords, 2, branches).to(values)
+    shown = per_row(shows >= 0, 1, branches).to(values)
     where = torch.cat(
         [coords.expand(*values.shape[:2], 2), shown.expand(values.shape[:2])[..., None]], dim=-1
     )
