@@ -21,6 +21,7 @@ from varkit.catalog.models import Trained
 from varkit.data.registry import open_dataset
 from varkit.decode.cache.full import FullCache
 from varkit.decode.loop import Model, advance, decode, run
+from varkit.decode.sampling import Sampler
 from varkit.decode.state import State
 from varkit.draws import Draws
 from varkit.edit.inpaint import start_inpaint
@@ -137,7 +138,7 @@ def test_the_least_confident_are_drawn_again():
     seen = []
 
     def watch(step, values, state):
-        seen.append((step, values[CONFIDENCE].clone()))
+        seen.append((step, values[CONFIDENCE].clone() if CONFIDENCE in values else None))
         return values
 
     state = start(tokenizer, model, REFINED.conditions(BATCH))
@@ -153,6 +154,50 @@ def test_the_least_confident_are_drawn_again():
         assert torch.equal(
             again.feed.ids.expand(BATCH, -1)[masked].view(BATCH, -1), again.target.sort().values
         )
+
+
+class Watched(Sampler):
+    """Counts how often it filters logits, and at how many of its steps it was asked how sure it is."""
+
+    counts = {"filtered": 0, "asked": 0}
+
+    def __call__(self, logits, ask):
+        self.counts["asked"] += ask.confidence
+        return super().__call__(logits, ask)
+
+    def filtered(self, logits, progress=None):
+        self.counts["filtered"] += 1
+        return super().filtered(logits, progress)
+
+
+@pytest.mark.parametrize(
+    ("counts", "asked"), [((), 0), (((1,), (1, 3)), 1), (((1,), (1, 3), (2, 2, 2), (12, 12)), 4)]
+)
+def test_confidence_is_computed_only_where_a_scale_has_tokens_left(monkeypatch, counts, asked):
+    """Not for scales drawn at once, nor for a scale's last step; and nowhere are logits filtered twice."""
+    monkeypatch.setattr(Watched, "counts", {"filtered": 0, "asked": 0})
+    tokenizer, model = with_plan(REFINED, counts=counts)
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    plain = drawn(run(model, state.select(torch.arange(BATCH))))
+    state.options = replace(state.options, pick=Watched(top_k=20, top_p=0.9))
+    always = state.select(torch.arange(BATCH))
+    run(model, state)
+    assert Watched.counts == {"filtered": model.plan.evaluations, "asked": asked}
+
+    def sure(logits, ask):
+        return Sampler(top_k=20, top_p=0.9)(logits, replace(ask, confidence=True))
+
+    always.options = replace(always.options, pick=sure)
+    assert torch.equal(drawn(run(model, always)), drawn(state)), "asking changes nothing that is drawn"
+    assert not torch.equal(plain, drawn(state)), "the filters matter here"
+
+
+def test_refinement_without_confidence_is_refused():
+    tokenizer, model = with_plan(REFINED, counts=((1,), (1, 3)))
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    state.options = replace(state.options, pick=lambda logits, ask: {"ids": logits.argmax(dim=-1)})
+    with pytest.raises(UserError, match="commits what is surest, but the step's values are ids"):
+        run(model, state)
 
 
 @pytest.mark.parametrize("guided", [False, True])

@@ -22,7 +22,6 @@ from varkit.generators.conditioning import ClassCondition, ClassConfig
 from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.nn.attention import Window
 from varkit.nn.linear import Linear
-from varkit.nn.neighbourhood import Tiles
 from varkit.nn.ports import Ports, through
 from varkit.plans.raster import RasterConfig
 from varkit.plans.schedule import Schedule
@@ -173,7 +172,9 @@ def _seen(pixels: Tensor, step: Step, window: Window, branches: int, width: int)
     where, values = where[:, None], values[:, None]  # one head
     (view,) = window.views(0, where, where, values)
     there = view.k[..., 2] > 0
-    assert not isinstance(view.mask, Tiles), "what earlier pixels are seen is told by a mask"
+    assert view.mask is None or isinstance(view.mask, Tensor), (
+        "what earlier pixels are seen is told by a mask"
+    )
     if view.mask is not None:
         there = there & view.mask.any(dim=-2)
     places = view.k[..., 0].long() * width + view.k[..., 1].long()
