@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.errors import UserError
-from varkit.generators.base import per_row
+from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.conditioning import ClassConfig, class_or_text
 from varkit.generators.scale_transformer import ScaleTransformer
 from varkit.generators.text import TextConfig
@@ -69,6 +69,7 @@ class FlexVARConfig:
 
     def fitted(self, tokenizer: MapVQConfig) -> dict[str, Any]:
         """Generator, and the head and plan beside it, for a tokenizer's codes; its schedule is the default."""
+        check_tokenizer(self, tokenizer, "code_channels", "vocab_size", "schedule")
         config = replace(self, code_width=tokenizer.code_channels)
         head = CategoricalConfig(config.width, tokenizer.vocab_size)
         return {"generator": config, "head": head, "plan": FlexibleScalesConfig(tokenizer.schedule)}
