@@ -2,9 +2,9 @@
 
     python benchmarks/generate.py WORK --published DIR [--dtype float32|bfloat16|both] [--rounds N]
 
-WORK is var-d16, llamagen-b or mar-base; DIR holds checkouts of the published code (see published_models.py). Batch 1,
-guidance on, pixels included. Each implementation runs in a process of its own, in turn; medians are shown. The limit is
-`varkit bench`'s: the least time for the matrix work at the best rates found here. The last line is JSON.
+WORK is var-d16, llamagen-b, mar-base or infinity-125m; DIR holds checkouts of the published code (published_models.py).
+Batch 1, guidance on, pixels included. Each implementation runs in a process of its own, in turn; medians are shown. The
+limit is `varkit bench`'s: the least time for the matrix work at the best rates found here. The last line is JSON.
 """
 
 import argparse
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published_models import LABEL, WORKS
+from published_models import WORKS
 from rounds import Step, alternate
 
-from varkit.bench.measure import measure
+from varkit.bench.measure import any_condition, measure
 from varkit.cli.console import log, print_table
+from varkit.decode.loop import run
 from varkit.hardware import hardware
 from varkit.hub.pipeline import Pipeline
 from varkit.hub.published import pipeline_from_published
@@ -49,7 +50,8 @@ def main() -> None:
             results[dtype] = {
                 name: {"seconds": s, "ratio": seconds["published"] / s} for name, s in seconds.items()
             }
-            told = measure(_pipeline(weights, dtype), {"label": torch.tensor([[LABEL]])}, rounds=1)
+            pipeline = _pipeline(weights, dtype)
+            told = measure(pipeline, any_condition(pipeline), rounds=1)
             results[dtype]["limit"] = {"seconds": told["limit"], "flops_per_second": told["flops_per_second"]}
     rows = [
         (
@@ -73,7 +75,13 @@ def ours(weights: Path, dtype: str, packed: bool) -> Step:
     pipeline = _pipeline(weights, dtype)
     if packed:
         pipeline.packed()
-    return lambda: pipeline.generate(LABEL, seed=0)
+    condition = any_condition(pipeline)
+
+    def step() -> None:
+        state = pipeline.start_from(condition, 0, [0], pipeline.settings)
+        pipeline.pictures(run(pipeline.model, state))
+
+    return step
 
 
 def _pipeline(weights: Path, dtype: str) -> Pipeline:

@@ -1,142 +1,24 @@
 """Whatever is wrong with the input: one line on stderr, the documented exit code, and nothing half-written."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-from tests import models
+from tests import failing, models
+from tests.failing import Fails, contents
+from tests.launch import start, wait_until
 from varkit.cli.main import main
 from varkit.generators.text import TextConfig
 
 class_model, text_model = models.class_model, models.text_model
-Fails = Callable[..., str]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, where files go that are not told where to go."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def fails(here: Path, capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Run a command that must fail in one line, which is returned, with `code`, and leave no trace."""
-
-    def run(*args: object, code: int = 2) -> str:
-        before = contents(here)
-        assert main([str(arg) for arg in args]) == code, capsys.readouterr()
-        out, err = capsys.readouterr()
-        assert out == "" and err.startswith("varkit: error: ") and err.count("\n") == 1, err
-        assert contents(here) == before
-        return err
-
-    return run
-
-
-def contents(folder: Path) -> dict[Path, bytes]:
-    """Every file below `folder`, hidden ones too; empty folders do not count."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-# Models
-
-
-@pytest.fixture
-def model(class_model: Path, here: Path) -> Path:
-    """A copy of the class model, to be damaged."""
-    return Path(shutil.copytree(class_model, here / "model"))
-
-
-def edit_config(model: Path, *keys: str, value: object) -> None:
-    whole = json.loads((model / "config.json").read_text())
-    inner = whole
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    (model / "config.json").write_text(json.dumps(whole))
-
-
-def edit_weights(model: Path, part: str, change: Callable[[dict], object]) -> None:
-    state = {name: tensor.clone() for name, tensor in load_file(model / f"{part}.safetensors").items()}
-    change(state)
-    save_file(state, model / f"{part}.safetensors")
-
-
-def test_models_that_are_not_there(fails: Fails, here: Path, text_model: Path) -> None:
-    assert "unknown model 'scense'" in fails("generate", "a", "--model", "scense")
-    assert "unknown model" in fails("generate", "a", "--model", here / "nowhere")
-    (here / "empty").mkdir()
-    assert "has no config.json" in fails("generate", "a", "--model", here / "empty")
-    (here / "file").write_text("x")
-    assert "unknown model" in fails("generate", "a", "--model", here / "file")
-
-
-def test_a_training_that_has_not_finished(fails: Fails, here: Path) -> None:
-    (here / "run").mkdir()
-    (here / "run" / "request.json").write_text("{}")
-    assert "has made no model yet; go on with" in fails("generate", "a", "--model", here / "run")
-
-
-def test_missing_and_foreign_checkpoints(fails: Fails, model: Path) -> None:
-    file = model / "generator.safetensors"
-    file.unlink()
-    assert f"there is no file '{file}'" in fails("generate", "--label", 0, "--model", model)
-    torch.save({"w": torch.zeros(1)}, file)
-    assert "varkit convert" in fails("generate", "--label", 0, "--model", model)
-    file.write_bytes(b"<html>404</html>")
-    assert "is damaged or not safetensors" in fails("generate", "--label", 0, "--model", model)
-    save_file({"lm_head.weight": torch.zeros(2)}, file)
-    line = fails("generate", "--label", 0, "--model", model)
-    assert "missing start (1, 32)" in line and "more" in line
-    (model / "config.json").write_text('{"architectures": ["T5"]}')
-    assert "not a varkit model: it has architectures" in fails("generate", "--label", 0, "--model", model)
-
-
-@pytest.mark.parametrize(
-    ("keys", "value", "says"),
-    [
-        (["type"], "VARR", "unknown part type 'VARR'; did you mean 'VAR'"),
-        (["type"], "LlamaGen", "unknown field"),
-        (["config", "depth"], 0, "depth 0 is below 1"),
-        (["config", "depth"], "two", "generator.config.depth is 'two'; it must be an integer"),
-        (["config", "width"], 64, "should be"),
-        (["config", "condition", "type"], "ImageConfig", "unknown type 'ImageConfig'"),
-    ],
-)
-def test_wrong_architecture(fails: Fails, model: Path, keys: list[str], value: object, says: str) -> None:
-    edit_config(model, "parts", "generator", *keys, value=value)
-    assert says in fails("generate", "--label", 0, "--model", model)
-
-
-def test_settings_that_no_sampler_takes(fails: Fails, model: Path) -> None:
-    edit_config(model, "defaults", "top_p", value=3.0)
-    assert "top-p 3.0 is outside 0 to 1" in fails("generate", "--label", 0, "--model", model)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda s: s.pop("position"), "missing position (14, 32)"),
-        (lambda s: s.update(positoin=s.pop("position")), "missing position (14, 32) (nearest: positoin (14, 32))"),
-        (lambda s: s.update(more=torch.zeros(2)), "unexpected more (2,)"),
-        (lambda s: s.update(position=torch.zeros(15, 32)), "position (15, 32) should be (14, 32)"),
-    ],
-)  # fmt: skip
-def test_keys_that_do_not_fit(fails: Fails, model: Path, change: Callable, says: str) -> None:
-    edit_weights(model, "generator", change)
-    assert says in fails("generate", "--label", 0, "--model", model)
+here, fails = failing.here, failing.fails
 
 
 # Prompts
@@ -339,24 +221,6 @@ def test_captions_longer_than_a_model_reads_show_before_training(fails: Fails, h
 
 
 # Signals
-
-
-def start(*args: object, cwd: Path) -> "subprocess.Popen[str]":
-    repository = Path(__file__).resolve().parent.parent
-    paths = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "varkit", *map(str, args)],
-        cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", seconds: float = 300) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit, "it takes too long"
-        time.sleep(0.01)
 
 
 @pytest.mark.skipif(

@@ -202,7 +202,6 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_with_code_are_refused_unrun(convert, published, tmp_path):
     torch.save(read(published / GENERATOR) | {"extra": Evil(tmp_path / "ran")}, tmp_path / "evil.pth")
     assert "code in checkpoints is never run" in convert(tmp_path / "evil.pth", published / TOKENIZER)

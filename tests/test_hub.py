@@ -302,7 +302,6 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_checkpoints_never_run_code(tmp_path):
     file, marker = tmp_path / "evil.pth", tmp_path / "ran"
     torch.save({"w": Evil(marker)}, file)

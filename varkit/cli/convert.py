@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn published checkpoints (VAR, MAR, Infinity) into a model folder, or a model folder into published ones."""
+    """Turn published checkpoints (VAR, LlamaGen, Infinity, MAR, ...) into a model folder, or a folder into them."""
 
     checkpoints: Positional[tuple[Path, ...]]
     """The files of the tokenizer and the generator, in any order, or a trainer checkpoint of both; with --to published,

@@ -18,6 +18,7 @@ from varkit.evaluate import geneval
 from varkit.evaluate.confusion import confusions, mistakes
 from varkit.evaluate.drawing import draw, padded
 from varkit.evaluate.geneval import Score
+from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.hub.pipeline import Pipeline, Settings
 
@@ -93,8 +94,11 @@ def evaluate_scenes(
 def check_model(pipeline: Pipeline) -> None:
     """Raise `UserError` unless the model takes captions and draws pictures large enough to be read."""
     if not isinstance(pipeline.condition, TextConfig):
+        takes = (
+            "class labels" if isinstance(pipeline.condition, ClassConfig) else "features of a text encoder"
+        )
         raise UserError(
-            "the suite scenes asks for captions, and this model takes class labels; evaluate a text model"
+            f"the suite scenes asks for captions, and this model takes {takes}; evaluate one that reads words"
         )
     if min(pipeline.size) < SMALLEST:
         height, width = pipeline.size

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from varkit.errors import UserError
 from varkit.generators.conditioning import Conditioner
 from varkit.nn.attention import Window
 from varkit.nn.ports import Ports
@@ -67,6 +68,17 @@ class GeneratorConfig(Protocol):
 
     def build(self) -> Generator:
         """The network, freshly initialised."""
+
+
+def check_tokenizer(generator: object, tokenizer: object, *settings: str) -> None:
+    """Raise `UserError` unless a tokenizer's configuration has the settings that a generator's is fitted to."""
+    lacking = [name for name in settings if not hasattr(tokenizer, name)]
+    if lacking:
+        kinds = [type(config).__name__.removesuffix("Config") for config in (generator, tokenizer)]
+        raise UserError(
+            f"{kinds[0]} is fitted to a tokenizer's {', '.join(settings)}, and {kinds[1]} has no {', '.join(lacking)}; "
+            "take generator and tokenizer from one model"
+        )
 
 
 def branches_and_batch(prepared: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from varkit.devices import sent_once
 from varkit.errors import UserError
-from varkit.generators.base import per_row
+from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.conditioning import ClassConfig, class_or_text
 from varkit.generators.scale_transformer import ScaleTransformer
 from varkit.generators.text import TextConfig
@@ -71,6 +71,7 @@ class FlexVARConfig:
 
     def fitted(self, tokenizer: MapVQConfig) -> dict[str, Any]:
         """Generator, and the head and plan beside it, for a tokenizer's codes; its schedule is the default."""
+        check_tokenizer(self, tokenizer, "code_channels", "vocab_size", "schedule")
         config = replace(self, code_width=tokenizer.code_channels)
         head = CategoricalConfig(config.width, tokenizer.vocab_size)
         return {"generator": config, "head": head, "plan": FlexibleScalesConfig(tokenizer.schedule)}

@@ -13,7 +13,7 @@ import torch
 
 from varkit.devices import sent_once
 from varkit.errors import UserError
-from varkit.generators.base import per_row
+from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.prompt import PromptCondition
 from varkit.generators.scale_transformer import ScaleTransformer
 from varkit.generators.text import TextConfig, TextFeaturesConfig
@@ -79,6 +79,7 @@ class InfinityConfig:
 
         Positions lie on the finest grid of the schedule, so that scales share their frame.
         """
+        check_tokenizer(self, tokenizer, "token_bits", "schedule")
         config = replace(self, code_width=tokenizer.token_bits)
         frame = Schedule.parse(tokenizer.schedule).last
         return {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from varkit.devices import sent_once
 from varkit.errors import UserError
-from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
+from varkit.generators.base import Condition, Generator, Prepared, check_tokenizer, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, Conditioner
 from varkit.generators.prefix import PrefixCondition
 from varkit.generators.text import TextConfig, TextFeaturesConfig
@@ -86,6 +86,7 @@ class LlamaGenConfig:
 
     def fitted(self, tokenizer: VQConfig) -> dict[str, Any]:
         """Generator, and the head and plan beside it, for a tokenizer's codes and grid."""
+        check_tokenizer(self, tokenizer, "vocab_size", "grid")
         config = replace(self, vocab_size=tokenizer.vocab_size)
         head = CategoricalConfig(config.width, tokenizer.vocab_size, bias=False, init_scale=0.0)
         plan = RasterConfig(Schedule.of(tokenizer.grid).last, config.prefix)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from varkit.devices import sent, sent_once
 from varkit.errors import UserError, unknown_name
-from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
+from varkit.generators.base import Condition, Generator, Prepared, check_tokenizer, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, TextCondition
 from varkit.generators.text import TextConfig
 from varkit.heads.diffusion import DiffusionConfig
@@ -85,6 +85,7 @@ class MARConfig:
         Widths of the published sizes get the published head, others one of the generator's width and depth 3. They
         begin sampling where a short training suffices.
         """
+        check_tokenizer(self, tokenizer, "token_channels", "grid")
         config = replace(self, grid=tokenizer.grid, channels=tokenizer.token_channels)
         published = {width: HEADS[size] for size, (_, width, _) in SIZES.items()}
         depth, mlp_width = published.get(self.width, (3, self.width))

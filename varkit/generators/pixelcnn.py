@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from varkit.canvases.base import gather_positions, scatter_positions
 from varkit.devices import sent_once
 from varkit.errors import UserError
-from varkit.generators.base import Condition, Generator, Prepared, branches_and_batch, per_row, rows
+from varkit.generators.base import (
+    Condition,
+    Generator,
+    Prepared,
+    branches_and_batch,
+    check_tokenizer,
+    per_row,
+    rows,
+)
 from varkit.generators.conditioning import ClassCondition, ClassConfig
 from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.nn.attention import Window
@@ -70,6 +78,7 @@ class PixelCNNConfig:
 
     def fitted(self, tokenizer: PixelsConfig) -> dict[str, Any]:
         """Generator, and the head and plan beside it, for pictures of a size."""
+        check_tokenizer(self, tokenizer, "size")
         config = replace(self, grid=Schedule.of(tokenizer.size).last)
         head = LogisticMixtureConfig(config.width, config.mixtures)
         return {"generator": config, "head": head, "plan": RasterConfig(config.grid)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.errors import UserError
+from varkit.generators.base import check_tokenizer
 from varkit.generators.conditioning import ClassConfig, class_or_text
 from varkit.generators.scale_transformer import ScaleTransformer
 from varkit.generators.text import TextConfig
@@ -69,6 +70,7 @@ class VARConfig:
 
     def fitted(self, tokenizer: MultiScaleVQConfig) -> dict[str, Any]:
         """Generator, and the head and plan beside it, for a tokenizer's codes and schedule."""
+        check_tokenizer(self, tokenizer, "code_channels", "vocab_size", "schedule")
         config = replace(self, schedule=tokenizer.schedule, code_width=tokenizer.code_channels)
         head = CategoricalConfig(config.width, tokenizer.vocab_size)
         return {"generator": config, "head": head, "plan": ScalesConfig(tokenizer.schedule)}

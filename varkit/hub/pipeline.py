@@ -26,6 +26,7 @@ from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath
 from varkit.generators.base import Condition
 from varkit.hub.config import from_json, to_json
+from varkit.hub.fit import check_fit
 from varkit.hub.folder import CONFIG, load_parts, save_parts
 from varkit.hub.prompts import Prompt, TextSource, check_source, condition_of, longest_prompt, nothing
 from varkit.hub.schedules import at_size, by_schedule, scheduled
@@ -381,6 +382,7 @@ class Pipeline:
             raise UserError(
                 f"{str(Path(folder) / CONFIG)!r} lacks the parts {', '.join(sorted(missing))}; it is not a whole model"
             )
+        check_fit(loaded.configs, repr(str(Path(folder) / CONFIG)))
         settings = from_json(loaded.rest.get("defaults", {}), Settings, "defaults")
         return cls(loaded.built, loaded.configs, settings, loaded.rest.get("about"))
 

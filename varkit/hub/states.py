@@ -10,6 +10,7 @@ import difflib
 import itertools
 import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -62,7 +63,9 @@ def read_checkpoint(path: StrPath, mapped: bool = True) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} ends in {suffix!r}; a checkpoint ends in one of {allowed}")
     check_file(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Such a file is read all the same, or refused below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             loaded = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
             )

@@ -60,6 +60,8 @@ def scales(ratio: float = 1.0, budget: str = "1M") -> ScalesConfig:
 
 def sized(height: int, width: int) -> ScalesConfig:
     """The plan that makes pictures of exactly height x width pixels. Raises `UserError` naming the nearest size."""
+    if min(height, width) < 1:
+        raise UserError(f"size {height}x{width} has no pixels; ask for at least 1x1, such as 256x256")
     found = scales(height / width, min(BUDGETS, key=lambda name: _distance(name, height, width)))
     h, w = found.schedule[-1]  # type: ignore[misc]
     if (h * STRIDE, w * STRIDE) != (height, width):

@@ -1,0 +1,225 @@
+"""Models that cannot be: damaged, of parts that do not belong together, or without what they read."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import failing, models, text_models
+from tests.contracts import CASES
+from tests.failing import Fails
+from varkit.hub.embeddings import save_embeddings
+from varkit.hub.pipeline import Settings
+from varkit.plans.ratios import scales
+
+class_model, text_model = models.class_model, models.text_model
+here, fails = failing.here, failing.fails
+
+
+@pytest.fixture
+def model(class_model: Path, here: Path) -> Path:
+    """A copy of the class model, to be damaged."""
+    return Path(shutil.copytree(class_model, here / "model"))
+
+
+def edit_config(model: Path, *keys: str, value: object) -> None:
+    whole = json.loads((model / "config.json").read_text())
+    inner = whole
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (model / "config.json").write_text(json.dumps(whole))
+
+
+def edit_weights(model: Path, part: str, change: Callable[[dict], object]) -> None:
+    state = {name: tensor.clone() for name, tensor in load_file(model / f"{part}.safetensors").items()}
+    change(state)
+    save_file(state, model / f"{part}.safetensors")
+
+
+def test_models_that_are_not_there(fails: Fails, here: Path, text_model: Path) -> None:
+    assert "unknown model 'scense'" in fails("generate", "a", "--model", "scense")
+    assert "unknown model" in fails("generate", "a", "--model", here / "nowhere")
+    (here / "empty").mkdir()
+    assert "has no config.json" in fails("generate", "a", "--model", here / "empty")
+    (here / "file").write_text("x")
+    assert "unknown model" in fails("generate", "a", "--model", here / "file")
+
+
+def test_a_training_that_has_not_finished(fails: Fails, here: Path) -> None:
+    (here / "run").mkdir()
+    (here / "run" / "request.json").write_text("{}")
+    assert "has made no model yet; go on with" in fails("generate", "a", "--model", here / "run")
+
+
+def test_missing_and_foreign_checkpoints(fails: Fails, model: Path) -> None:
+    file = model / "generator.safetensors"
+    file.unlink()
+    assert f"there is no file '{file}'" in fails("generate", "--label", 0, "--model", model)
+    torch.save({"w": torch.zeros(1)}, file)
+    assert "varkit convert" in fails("generate", "--label", 0, "--model", model)
+    file.write_bytes(b"<html>404</html>")
+    assert "is damaged or not safetensors" in fails("generate", "--label", 0, "--model", model)
+    save_file({"lm_head.weight": torch.zeros(2)}, file)
+    line = fails("generate", "--label", 0, "--model", model)
+    assert "missing start (1, 32)" in line and "more" in line
+    (model / "config.json").write_text('{"architectures": ["T5"]}')
+    assert "not a varkit model: it has architectures" in fails("generate", "--label", 0, "--model", model)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "says"),
+    [
+        (["type"], "VARR", "unknown part type 'VARR'; did you mean 'VAR'"),
+        (["type"], "LlamaGen", "unknown field"),
+        (["config", "depth"], 0, "depth 0 is below 1"),
+        (["config", "depth"], "two", "generator.config.depth is 'two'; it must be an integer"),
+        (["config", "width"], 64, "should be"),
+        (["config", "condition", "type"], "ImageConfig", "unknown type 'ImageConfig'"),
+    ],
+)
+def test_wrong_architecture(fails: Fails, model: Path, keys: list[str], value: object, says: str) -> None:
+    edit_config(model, "parts", "generator", *keys, value=value)
+    assert says in fails("generate", "--label", 0, "--model", model)
+
+
+OTHERS = {"var": "var-class", "llamagen": "llamagen-class", "mar": "mar-class", "infinity": "infinity-text"}
+"""Models of several families, by their cases."""
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models, by their names in `OTHERS`."""
+    folder = tmp_path_factory.mktemp("families")
+    for name, case in OTHERS.items():
+        CASES[case].pipeline(Settings(guidance=2.0)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "generator"])
+@pytest.mark.parametrize("own", OTHERS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_parts_of_two_families(
+    fails: Fails, families: Path, here: Path, own: str, other: str, part: str
+) -> None:
+    """The weights of another family's part, first alone, then with what the configuration says of them."""
+    if own == other:
+        return
+    mixed = Path(shutil.copytree(families / own, here / "mixed"))
+    shutil.copy(families / other / f"{part}.safetensors", mixed)
+    asked = ["a red ring"] if own == "infinity" else ["--label", 1]
+    generate = ("generate", *asked, "--model", mixed, "--out", "new.png")
+    assert f"{part}.safetensors' does not fit its configuration: " in fails(*generate)
+    entry = json.loads((families / other / "config.json").read_text())["parts"][part]
+    edit_config(mixed, "parts", part, value=entry)
+    line = fails(*generate)
+    assert f"'{mixed / 'config.json'}': " in line and "take generator and tokenizer from one model" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("var", {"code_channels": 8}, "code_width of the generator is 6 and would be 8 for its tokenizer"),
+        ("var", {"schedule": (1, 2, 3)}, "schedule of the generator is ((1, 1), (2, 2), (2, 3), (4, 6))"),
+        ("llamagen", {"vocab_size": 32}, "vocab_size of the generator is 24 and would be 32"),
+    ],
+)
+def test_parts_of_two_models_of_a_family(
+    fails: Fails, here: Path, name: str, changes: dict[str, Any], says: str
+) -> None:
+    case = CASES[OTHERS[name]]
+    replace(case, tokenizer=replace(case.tokenizer, **changes)).pipeline(Settings()).save(here / "mixed")  # type: ignore[type-var]
+    assert says in fails("generate", "--label", 1, "--model", "mixed")
+
+
+@pytest.mark.filterwarnings("error:Detected pickle protocol")  # it would be a second line
+def test_weights_that_run_code_or_were_cut(fails: Fails, model: Path, here: Path) -> None:
+    file, generate = model / "generator.safetensors", ("generate", "--label", 0, "--model", model)
+    whole = file.read_bytes()
+    for cut in (0, 7, 8, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        assert "is damaged or not safetensors" in fails(*generate), cut
+    evil = pickle.dumps(Evil(here / "ran"))
+    file.write_bytes(evil)
+    assert "is a pickled checkpoint under a safetensors name" in fails(*generate)
+    (here / "evil.pth").write_bytes(evil)
+    assert "'evil.pth'" in fails("convert", "evil.pth", "--out", "new")
+    np.save(here / "evil.npy", np.array([Evil(here / "ran")] * 4, dtype=object), allow_pickle=True)
+    assert "damaged or pickled objects; write numbers" in fails("train", "evil.npy", "--out", "new")
+    assert not (here / "ran").exists() and not (here / "new").exists()
+
+
+class Evil:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_settings_that_no_sampler_takes(fails: Fails, model: Path) -> None:
+    edit_config(model, "defaults", "top_p", value=3.0)
+    assert "top-p 3.0 is outside 0 to 1" in fails("generate", "--label", 0, "--model", model)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop("position"), "missing position (14, 32)"),
+        (lambda s: s.update(positoin=s.pop("position")), "missing position (14, 32) (nearest: positoin (14, 32))"),
+        (lambda s: s.update(more=torch.zeros(2)), "unexpected more (2,)"),
+        (lambda s: s.update(position=torch.zeros(15, 32)), "position (15, 32) should be (14, 32)"),
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_fit(fails: Fails, model: Path, change: Callable, says: str) -> None:
+    edit_weights(model, "generator", change)
+    assert says in fails("generate", "--label", 0, "--model", model)
+
+
+# What a model reads, and what it makes
+
+
+def test_features_that_are_missing_or_do_not_fit(fails: Fails, here: Path) -> None:
+    text_models.infinity().save(here / "features")
+    model = ("generate", "a red circle", "--model", "features")
+    assert "give --text-encoder or --embeddings" in fails(*model)
+    assert "this model takes features of a text encoder" in fails("evaluate", "features", "--suite", "scenes")
+    save_embeddings(here / "narrow.safetensors", {"a red circle": torch.ones(3, 16)})
+    line = fails(*model, "--embeddings", "narrow.safetensors")
+    assert "features of 16 channels do not fit this model, which takes 32; use the text encoder" in line
+    for suffix in (".npz", ".safetensors"):
+        save_embeddings(here / f"cut{suffix}", {"a red circle": torch.ones(3, 32)})
+        (here / f"cut{suffix}").write_bytes((here / f"cut{suffix}").read_bytes()[:-20])
+        assert f"'cut{suffix}' is damaged" in fails(*model, "--embeddings", f"cut{suffix}")
+    np.savez(here / "evil.npz", features=np.array([Evil(here / "ran")], dtype=object), mask=np.ones((1, 3)))
+    assert "holds more than plain arrays" in fails(*model, "--embeddings", "evil.npz")
+    assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("256x1024", "size 256x1024 is none of this model's; the nearest is 288x864"),
+        ("1024x256", "the nearest is 864x288"),
+        ("250x250", "the nearest is 256x256"),
+        ("100000x1", "the nearest is 432x144"),
+        ("0x0", "size 0x0 has no pixels"),
+        ("256x0", "size 256x0 has no pixels"),
+    ],
+)
+def test_shapes_outside_the_table(fails: Fails, here: Path, size: str, says: str) -> None:
+    plan = scales(1.0, "0.06M")
+    text_models.infinity(plan.schedule, stages=5).over(plan).save(here / "ratios")
+    save_embeddings(here / "e.npz", {"a red circle": torch.ones(3, 32)})
+    assert says in fails("generate", "--model", "ratios", "--embeddings", "e.npz", "--size", size)
