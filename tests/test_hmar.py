@@ -35,7 +35,7 @@ from varkit.nn.attention import Packed
 from varkit.plans.base import CONFIDENCE
 from varkit.plans.refined import MASK, RefinedConfig, RefinedPlan, coarse_counts
 from varkit.plans.scale_weights import scale_weights, token_weights
-from varkit.plans.scales import ScalesConfig
+from varkit.plans.scales import ScalesConfig, Windows
 from varkit.plans.schedule import Schedule
 from varkit.train.loop import load_run
 from varkit.train.masked_scales import FirstGuesses, MaskedScales
@@ -328,6 +328,7 @@ def test_rolled_back_to_the_start_of_a_scale_it_draws_the_same():
         ({"counts": ((1,), (0, 4))}, "do not make up its 4"),
         ({"counts": ((1,),) * 9}, "9 levels"),
         ({"history": 1}, "history 1"),
+        ({"windows": Windows(3, least=4)}, "side=3, least=4.* does not go with refinement"),
         ({"noise": -1.0}, "noise -1"),
     ],
 )
@@ -471,7 +472,7 @@ def test_the_experiment_is_measured_with_toys(monkeypatch):
     assert counted == [4.0, 5.0, 5.0]  # of this pyramid only the 2 x 2 scale is refined
     functions = cost.metrics[0].measure.__globals__
     monkeypatch.setitem(functions["SIDES"], 256, (1, 2, 3))
-    monkeypatch.setitem(functions, "ROUNDS", 1)
+    monkeypatch.setitem(functions, "WIDTH", 32)
     values = {
         arm.name: {m.name: [m.measure(Subject(pipeline, 0, arm.options))] for m in cost.metrics}
         for arm in cost.arms[:2]
@@ -479,5 +480,13 @@ def test_the_experiment_is_measured_with_toys(monkeypatch):
     assert set(values) == {"VAR 256", "HMAR 256"} and all(
         v > 0 for own in values.values() for (v,) in own.values()
     )
-    assert values["HMAR 256"]["memory"][0] < values["VAR 256"]["memory"][0]
+    work = functions["work"]
+    kept = {name: work(name, (1, 2, 3), train=False).carried() for name in ("VAR", "HMAR")}
+    assert kept == {
+        "VAR": 1e-6 * 2 * 8 * 2 * 14 * 32 * 4,
+        "HMAR": 0,
+    }  # k, v; layers; branches; slots; width; bytes
+    timed = work("HMAR", (1, 2, 3), train=True)
+    assert (timed.generator.depth, timed.generator.mask_depth) == (8, 4)
+    assert timed.plan.counts[1] == (1, 3)
     assert "FID" in str(quality.rule)

@@ -81,19 +81,24 @@ class Work:
         state = self.pipeline.start([0] * self.batch)
         return run(self.pipeline.model, state).cache.nbytes
 
-    def _train(self) -> None:
-        import torch
-
+    @cached_property
+    def _lessons(self) -> "Lessons":
+        """Made once, as in training: the packed plan, with its mask, is no part of a step."""
         from varkit.train.lessons import WholePlan
         from varkit.train.masked_scales import FirstGuesses
         from varkit.train.mixed_scales import MixedScales
+
+        whole = FirstGuesses if isinstance(self.plan, RefinedConfig) else WholePlan
+        return (MixedScales if self.mixed else whole)(self.pipeline.tokenizer, self.pipeline.parts["plan"])
+
+    def _train(self) -> None:
+        import torch
+
         from varkit.train.objective import NextStepLoss
 
-        pipeline = self.pipeline
-        plan = pipeline.parts["plan"]
-        whole = FirstGuesses if isinstance(self.plan, RefinedConfig) else WholePlan
-        lessons: Lessons = (MixedScales if self.mixed else whole)(pipeline.tokenizer, plan)
-        latents = {"ids": torch.randint(0, self.codes, (self.batch, plan.schedule.total))}
+        pipeline, lessons = self.pipeline, self._lessons
+        total = pipeline.parts["plan"].schedule.total
+        latents = {"ids": torch.randint(0, self.codes, (self.batch, total))}
         steps = [lessons.lesson(latents, step) for step in range(len(getattr(lessons, "round", [0])))]
         largest = max(steps, key=lambda lesson: len(lesson.step.target))
         objective = NextStepLoss(pipeline.generator, pipeline.model.heads["main"]).train()

@@ -187,6 +187,10 @@ class RefinedConfig(ScalesConfig):
             raise UserError(
                 f"history {self.history} does not go with refinement, whose scales see none; use 0"
             )
+        if self.windows is not None:
+            raise UserError(
+                f"{self.windows} does not go with refinement, whose masked steps see whole scales; leave windows out"
+            )
         if not 0 <= self.noise < float("inf"):
             raise UserError(f"noise {self.noise} of the confidence is below 0; use 0 for none, or e.g. 1")
         lengths = Schedule.parse(self.schedule).lengths
