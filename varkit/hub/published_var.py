@@ -73,7 +73,7 @@ def files(pipeline: Pipeline, layout: Layout = VAR) -> Files:
     autoencoder = var.tokenizer_to_published(state["tokenizer"], tokenizer)
     transformer = layout.write(state["generator"], state["head"], generator)
     plan = pipeline.configs["plan"]
-    if isinstance(plan, ScalesConfig) and plan.history != layout.history:
+    if isinstance(plan, ScalesConfig) and layout.history is None:  # M-VAR's code is not told by its mask
         hidden = var.hidden_by(plan.history, Schedule.parse(generator.schedule))
         transformer[var.MASK] = var.published_mask(hidden)
     _check_expressible(pipeline.configs, autoencoder, transformer, layout)
