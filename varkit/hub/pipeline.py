@@ -194,10 +194,7 @@ class Pipeline:
     def sized(
         self, size: tuple[int, int] | None, greedy_unseen: bool | None = None, clamp: bool | None = None
     ) -> "Pipeline":
-        """The model for pictures of (height, width) pixels; the rest is as in `scheduled`.
-
-        Raises `UserError` for a size that it cannot make.
-        """
+        """The model for pictures of (height, width) pixels, else as `scheduled`. Raises `UserError` for other sizes."""
         return at_size(self, size, greedy_unseen, clamp)
 
     def scheduled(
