@@ -61,7 +61,9 @@ def scenes() -> Recipe:
             batch_size=256,
             pictures=400_000,
             teach=partial(WholePlan, step_power=0.5),
-            settings=Settings(guidance=4.0, ramp=True, temperature=(1.0, 1.0, 1.0, 0.8, 0.5, 0.2), top_p=0.95),
+            settings=Settings(
+                guidance=4.0, ramp=True, temperature=(1.0, 1.0, 1.0, 0.8, 0.5, 0.2), top_p=0.95
+            ),
         ),
     )
 
