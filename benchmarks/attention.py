@@ -3,10 +3,10 @@
     python benchmarks/attention.py [--tokens 256 1024 4096] [--dtype float32|bfloat16] [--rounds N] [--tiles N ...]
         [--json-only]
 
-Apart are four runs of a quarter of the tokens each; a window is 7 x 7 on a square grid (MVAR, arXiv 2505.12742). Each
-is timed forward and in training (forward and backward), in turn with its twin, which computes everything and hides what
-is not seen under a mask; each in a process of its own. Medians are shown. `--tiles` compares sizes of a window's tiles
-too. The last line is JSON.
+Apart are four runs of a quarter of the tokens each; a window is 7 x 7 on a square grid (MVAR, arXiv 2505.12742), by
+strips of rows up to 1024 tokens on a CPU, and by tiles beyond. Each is timed forward and in training (forward and
+backward), in turn with its twin, which computes everything and hides what is not seen under a mask; each in a process
+of its own. Medians are shown. `--tiles` compares sizes of a window's tiles too. The last line is JSON.
 Legend: N rows, H heads, L tokens, E head width.
 """
 

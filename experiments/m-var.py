@@ -8,12 +8,11 @@ sizes, since how long a layer takes does not depend on what it has learnt.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import log
-from statistics import fmean, linear_regression
+from statistics import fmean
 
 import torch
 
-from varkit.catalog.costs import seconds
+from varkit.catalog.costs import Work, exponent, peak_memory, seconds
 from varkit.catalog.experiment import (
     All,
     Arm,
@@ -30,10 +29,11 @@ from varkit.catalog.measures import LOSS, PARAMETERS, digits_read, fid_to
 from varkit.catalog.models import Trained
 from varkit.decode.cache.full import FullCache
 from varkit.generators.base import Generator
-from varkit.nn.attention import Packed
+from varkit.nn.attention import Packed, SelfAttention, attend
 from varkit.nn.scan_block import ScanBlock
 from varkit.plans import visibility
 from varkit.plans.scales import ScalePlan, ScalesConfig
+from varkit.plans.step import Step
 from varkit.train.recipes import digit_scales, m_var_digits
 
 PICTURES, ROUNDS, BRANCHES = 600, 5, 2
@@ -55,24 +55,28 @@ def grown(subject: Subject, schedule: tuple[int, ...]) -> tuple[Generator, Scale
     return replace(config, schedule=schedule).build().eval(), replace(plan, schedule=schedule).build()
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """p of values ~ sizes^p, by least squares in logarithms."""
-    return linear_regression([log(s) for s in sizes], [log(v) for v in values]).slope
+def attention(layer: SelfAttention, step: Step) -> Callable[[], torch.Tensor]:
+    """A layer's attention among a step's own slots."""
+    window = Packed.of(step)
+    q, k, v = torch.randn(3, 1, layer.heads, len(step.feed), layer.head_width)
+    return lambda: attend(q, window.views(0, q, k, v), layer.scale)
 
 
 @torch.no_grad()
 def growth_across_scales(subject: Subject, factors: Sequence[int] = GROWTH) -> float:
     """The exponent in the slots of the time of what tells a scale of earlier ones, in one layer over all slots.
 
-    That is the scan, or attention where it sees earlier scales.
+    That is the scan with its projections, or attention, where it sees earlier scales, without them.
     """
     runs, slots = [], []
     for schedule in schedules(factors):
         generator, plan = grown(subject, schedule)
         step = plan.training_step()
-        block, x = generator.blocks[0], torch.randn(1, len(step.feed), generator.width)  # type: ignore[index]
-        scan = isinstance(block, ScanBlock)
-        runs.append(partial(block.scan, x) if scan else partial(block.attention, x, Packed.of(step), 0))
+        block = generator.blocks[0]  # type: ignore[index]
+        if isinstance(block, ScanBlock):
+            runs.append(partial(block.scan, torch.randn(1, len(step.feed), generator.width)))
+        else:
+            runs.append(attention(block.attention, step))
         slots.append(len(step.feed))
     return exponent(slots, seconds(runs, ROUNDS))
 
@@ -101,6 +105,14 @@ def drawing(subject: Subject, factor: int) -> Callable[[], int]:
 def megabytes(subject: Subject, factor: int) -> float:
     """What decoding one picture with guidance keeps of earlier scales."""
     return drawing(subject, factor)() / 1e6
+
+
+def peak(subject: Subject, factor: int, train: bool) -> float:
+    """The most megabytes, weights included, that decoding a guided picture, or a training step over one, takes."""
+    generator, plan = (subject.pipeline.configs[name] for name in ("generator", "plan"))
+    schedule = schedules([factor])[0]
+    generator, plan = (replace(config, schedule=schedule) for config in (generator, plan))
+    return peak_memory(Work(plan, batch=1, train=train, generator=generator))
 
 
 def picture_seconds(subject: Subject, factor: int) -> float:
@@ -177,6 +189,11 @@ COST = Part(
     metrics=(
         ACROSS,
         *(named("cache", "MB", megabytes, factor) for factor in (GROWTH[0], GROWTH[-1])),
+        *(
+            named(f"memory in {what}", "MB", partial(peak, train=train), factor)
+            for what, train in (("decoding", False), ("training", True))
+            for factor in (GROWTH[0], GROWTH[-1])
+        ),
         *(named("seconds", "s", picture_seconds, factor) for factor in (GROWTH[0], GROWTH[-1])),
     ),
     rule=All(

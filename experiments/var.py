@@ -58,8 +58,8 @@ def sized(depth: int, width: int, minutes: float, seed: int) -> Trained:
     own = base.generator.config
     assert isinstance(own, VARConfig)
     config = replace(own, depth=depth, width=width, heads=max(1, width // 64))
-    train = replace(base.generator.train, steps=600, minutes=None)
-    generator = replace(base.generator, config=config, train=train, pictures=38_400)
+    train = replace(base.generator.train, steps=600, lr=1.5e-3)
+    generator = replace(base.generator, config=config, train=train, batch_size=32, pictures=38_400)
     return Trained(
         replace(base, name=f"scenes-{depth}x{width}", generator=generator), seed, "scenes", minutes
     )

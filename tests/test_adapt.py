@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.models import tiny_pipeline, tiny_recipe
 from varkit import load
 from varkit.adapt.exposure import exposure
 from varkit.adapt.finetune import Finetune
+from varkit.adapt.lessons import lessons_for
 from varkit.adapt.registry import METHODS, find_method, name_of
 from varkit.adapt.run import check_condition, follow_up, source_of, steps_behind
 from varkit.adapt.sar import SAR
@@ -22,9 +24,16 @@ from varkit.cli.adapt import Adapt
 from varkit.cli.main import main
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
+from varkit.generators.flexvar import FlexVARConfig
 from varkit.generators.text import TextConfig
+from varkit.hub.pipeline import Pipeline, Settings
+from varkit.tokenizers.conv import ConvConfig
+from varkit.tokenizers.map_vq import MapVQConfig
 from varkit.train.lessons import WholePlan
-from varkit.train.recipes import RECIPES, Recipe
+from varkit.train.masked_lessons import MaskedLessons
+from varkit.train.recipes import RECIPES, GeneratorRecipe, Recipe, find_recipe, folder
+from varkit.train.schedule_lessons import ScheduleLessons
+from varkit.train.self_correction import SelfCorrection
 from varkit.train.tokens import Tokens
 
 class_model = models.class_model
@@ -98,6 +107,71 @@ def test_a_model_of_other_pictures_is_told_by_name(tiny: Path, class_model: Path
     assert "--lr is 2.0" in capsys.readouterr().err
     with pytest.raises(UserError, match="captions"):
         check_condition(TextConfig(("a",)), Tokens({"ids": torch.zeros(1, 2).numpy()}), "digits")
+
+
+@pytest.fixture
+def flexvar(tmp_path: Path) -> Path:
+    """The folder of a FlexVAR with random weights; its maps go up to 4 x 4."""
+    conv = ConvConfig(8, (1, 2), res_blocks=1, latent_channels=8, attention=False, groups=4)
+    tokenizer = MapVQConfig(conv, 24, 6, (1, 2, 3, 4))
+    generator = FlexVARConfig(2, 24, 2, 6, ClassConfig(10), table=8, adaln_init=1.0)
+    configs = {"tokenizer": tokenizer} | generator.fitted(tokenizer)
+    torch.manual_seed(0)
+    parts = {name: config.build() for name, config in configs.items()}
+    Pipeline(parts, configs, Settings(), {"steps": 36}).save(tmp_path / "flexvar")
+    return tmp_path / "flexvar"
+
+
+def brief(recipe: Recipe) -> Recipe:
+    """A recipe's own kind of model and lessons, over few pictures and in small batches."""
+    return replace(recipe, generator=replace(recipe.generator, pictures=40, batch_size=4))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_flexvar_goes_on_with_pictures_that_are_no_recipe_of_its_own(
+    name: str, flexvar: Path, few: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its pictures are encoded at every grid, so lessons for one schedule would take wrong tokens."""
+    monkeypatch.setattr(folder, "GeneratorRecipe", partial(GeneratorRecipe, batch_size=4))
+    out = tmp_path / "run"
+    assert main(["adapt", name, str(flexvar), "--data", few.dataset, "--steps", "2", "--out", str(out)]) == 0
+    told = json.loads((out / "generator" / "config.json").read_text())
+    assert "ScheduleLessons" in json.dumps(told)
+    start = load(flexvar)
+    lessons = lessons_for(start, find_recipe(few.dataset)[0])
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    lesson = lessons.lesson(start.tokenizer.training_latents(images))
+    assert torch.equal(lesson.targets["ids"], start.tokenizer.encode(images)["ids"])
+
+
+def test_another_model_goes_on_with_the_pictures_of_flexvars_recipe(
+    tiny: Path, few: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = replace(brief(RECIPES["flexvar-digits"]()), dataset=few.dataset)
+    monkeypatch.setitem(RECIPES, "flexvar-digits", lambda: recipe)
+    out = tmp_path / "run"
+    words = ["adapt", "sar", str(tiny), "--data", "flexvar-digits", "--steps", "2", "--out", str(out)]
+    assert main(words) == 0
+    assert type(lessons_for(load(tiny), recipe)) is WholePlan
+
+
+def test_lessons_are_the_recipes_where_they_fit_and_the_models_otherwise(flexvar: Path, tiny: Path):
+    own = RECIPES["flexvar-digits"]()
+    lessons = lessons_for(load(flexvar), own)
+    assert isinstance(lessons, ScheduleLessons) and lessons.others == ()  # validated up to 8, this model to 4
+    tried = replace(own, generator=replace(own.generator, teach=partial(ScheduleLessons, others=((1, 4),))))
+    assert lessons_for(load(flexvar), tried).others == ((1, 4),)
+    for kind, found in (
+        ("infinity-text", SelfCorrection),
+        ("mar-class", MaskedLessons),
+        ("llamagen-class", WholePlan),
+    ):
+        pipeline = CASES[kind].pipeline(Settings())
+        assert type(lessons_for(pipeline, own)) is found
+    raster = load(tiny)
+    raster.model = replace(raster.model, plan=None)
+    with pytest.raises(UserError, match="cannot be taught pictures of other recipes"):
+        lessons_for(raster, own)
 
 
 def test_mistakes_on_the_command_line_are_one_line(capsys):

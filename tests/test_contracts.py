@@ -12,6 +12,7 @@ from varkit.canvases.base import gather_positions
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model, advance, run
 from varkit.decode.state import State
+from varkit.errors import UserError
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.nn.attention import Packed
 from varkit.plans.join import pack
@@ -63,6 +64,18 @@ def filled(tokenizer, latents: dict[str, Tensor]):
     canvas = tokenizer.canvas(len(next(iter(latents.values()))))
     canvas.fill(latents)
     return canvas
+
+
+def test_a_canvas_takes_latents_of_its_own_length_alone(case: Case):
+    """Another schedule's latents would be wrong tokens in silence."""
+    tokenizer, model = case.build()
+    latents = true_latents(tokenizer, model, BATCH)
+    for others in (
+        {k: torch.cat([v, v[:, :1]], dim=1) for k, v in latents.items()},
+        {k: v[:, 1:] for k, v in latents.items()},
+    ):
+        with pytest.raises(UserError, match="do not fill a canvas of"):
+            filled(tokenizer, others)
 
 
 def test_decoding_feeds_exactly_the_training_inputs(static: Case):

@@ -22,6 +22,7 @@ from varkit.hub.pipeline import Pipeline, load
 from varkit.hub.published import pipeline_from_published, save_published
 from varkit.hub.published_var import SETTINGS
 from varkit.hub.states import build_empty
+from varkit.plans.schedule import Schedule
 
 class_model, text_model = models.class_model, models.text_model
 TOKENIZER, GENERATOR = "vae_ch8v16z4.pth", "var_d2.pth"
@@ -317,3 +318,26 @@ def test_without_a_network_one_line_says_what_to_do(name, tmp_path, monkeypatch)
     ) as caught:
         Pipeline.from_pretrained(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("history", [None, 0, 1])
+def test_the_attention_mask_of_a_var_tells_how_many_coarser_scales_are_seen(history, tmp_path):
+    """The first stage of HMAR, and MVAR, have VAR's very weights; loaded as VAR's they would draw something else."""
+    pipeline = tiny_pipeline(ClassConfig(3))
+    pipeline = pipeline.over(replace(pipeline.configs["plan"], history=history))
+    files = save_published(pipeline, tmp_path / "published")
+    loaded = pipeline_from_published(files)
+    assert loaded.configs["plan"] == pipeline.configs["plan"] and loaded.model.plan.history == history
+    told = {"guidance": 2.0, "ramp": False, "top_k": 0, "top_p": 0.0}
+    ours, theirs = (p.generate(1, seed=2, **told)[0].tobytes() for p in (pipeline, loaded))
+    assert ours == theirs
+    schedule = Schedule.parse(pipeline.configs["plan"].schedule)
+    state = torch.load(next(f for f in files if f.name.startswith("var_d")), weights_only=True)
+    level = schedule.level_of
+    if history == 0:
+        assert torch.equal(state[var.MASK][0, 0] == 0, level[:, None] == level)
+    state[var.MASK][0, 0, 1, 0] = 0 if history == 0 else -torch.inf
+    with pytest.raises(UserError, match="attn_bias_for_masking of the checkpoint"):
+        var.history_of(state, schedule, None)
+    del state[var.MASK]
+    assert var.history_of(state, schedule, None) is None and var.history_of(state, schedule, 0) == 0

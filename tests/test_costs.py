@@ -1,5 +1,6 @@
 """What models cost under their plans, as experiments measure it, at tiny sizes."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def test_mvars_experiment_measures_its_costs(monkeypatch: pytest.MonkeyPatch):
     part, values = experiment.parts[0], {}
     module = part.metrics[0].measure.func.__globals__
     monkeypatch.setitem(module, "PUBLISHED", (1, 2, 3))
+    monkeypatch.setitem(module, "ROUNDS", 1)
     for arm in part.arms:
         subject = Subject(None, 0, arm.options)  # type: ignore[arg-type]
         values[arm.name] = {metric.name: [metric.measure(subject)] for metric in part.metrics}
@@ -57,7 +59,12 @@ def test_mvars_experiment_measures_its_costs(monkeypatch: pytest.MonkeyPatch):
     assert values["var"]["pairs, x1"] == [1e-6 * (1 + 4 * 5 + 9 * 14)]
     assert values["markov"]["pairs, x2"] == [1e-6 * (4**2 + 16**2 + 36**2)]
     assert values["markov"]["keys and values"] == [0] and values["var"]["keys and values"][0] > 0
+    assert all(math.isfinite(own["exponent of attention"][0]) for own in values.values())
     verdict = part.rule(values)
     assert len(verdict.details) == 6 and verdict.details["keys and values of markov at most 0 times var's"]
+    whole = part.arms[1].model(0).recipe.generator.train.steps
     tuned = experiment.parts[2].arms[1].model(0)
-    assert tuned.needs == [experiment.parts[2].arms[0].model(0)] and tuned.recipe.generator.train.steps == 240
+    assert (
+        tuned.needs == [experiment.parts[2].arms[0].model(0)]
+        and tuned.recipe.generator.train.steps < 0.2 * whole
+    )

@@ -77,7 +77,10 @@ def check_command(words: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"varkit {name} is not a command")
     module, _, attribute = COMMANDS[name].partition(":")
-    parse(getattr(importlib.import_module(module), attribute), f"varkit {name}", options)
+    command = getattr(importlib.import_module(module), attribute)
+    if hasattr(command, "narrowed") and options and not options[0].startswith("-"):
+        command, options = command.narrowed(options[0]), options[1:]
+    parse(command, f"varkit {name}", options)
 
 
 def wrong_references(page: Path) -> Iterable[str]:
@@ -226,6 +229,9 @@ def test_blocks_and_commands_are_found():
     assert names["x"] == 1
     with pytest.raises(UserError, match="--nn"):
         check_command(["varkit", "generate", "a red circle", "--nn", "2"])
+    check_command(["varkit", "adapt", "sar", "runs/digits", "--out", "x", "--gamma", "1"])
+    with pytest.raises(UserError, match="--gama"):
+        check_command(["varkit", "adapt", "sar", "runs/digits", "--out", "x", "--gama", "1"])
     with pytest.raises(UserError, match="paint"):
         check_command(["varkit", "paint"])
 

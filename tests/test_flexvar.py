@@ -22,6 +22,7 @@ from varkit.generators.flexvar import FlexVARConfig, waves
 from varkit.nn.attention import Packed
 from varkit.plans.flexible import (
     PUBLISHED,
+    PUBLISHED_512,
     FlexibleScalesConfig,
     ramp,
     sides_of,
@@ -195,7 +196,20 @@ def test_spread_schedules_grow_from_one_to_the_last(case):
 
 def test_published_schedules_are_found_by_their_steps():
     assert spread(13, 16) == (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
-    assert FlexibleScalesConfig(PUBLISHED[10]).to_grid((32, 32)).schedule[-2:] == ((23, 23), (32, 32))
+    twice = FlexibleScalesConfig(PUBLISHED[10], seen=PUBLISHED[10]).to_grid((32, 32))
+    assert [h for h, _ in twice.schedule] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 23, 32]
+    assert spread(15, 32) == PUBLISHED_512 and twice.stepped(15).schedule == twice.schedule
+    assert [h for (h, _), new in zip(twice.schedule, twice.unseen(), strict=True) if new] == [
+        7,
+        9,
+        12,
+        14,
+        23,
+        32,
+    ]
+    wide = Schedule.parse(FlexibleScalesConfig(PUBLISHED[10]).to_grid((24, 32)).schedule)
+    assert len(wide) == 15 and wide.last == (24, 32)
+    assert len(FlexibleScalesConfig((1, 2, 3, 4, 6, 8)).to_grid((32, 32)).schedule) < 15
     for bad in (1, 17):
         with pytest.raises(UserError, match=f"{bad} steps cannot reach a grid of 16"):
             spread(bad, 16)
@@ -220,6 +234,7 @@ def test_unseen_scales_are_those_that_training_never_drew():
     assert not any(config.unseen())
     assert config.stepped(6).unseen() == (False,) * 6
     assert config.over((1, 2, 7, 16, 23)).unseen() == (False, False, True, False, True)
+    assert config.over((1, (2, 3), (6, 7), (9, 10))).unseen() == (False, False, True, True)  # height or width
     small = FlexibleScalesConfig((1, 2, 4, 8))
     assert small.over((1, 3, 8, 12)).unseen() == (False, False, False, True)
 
@@ -288,6 +303,32 @@ def test_small_schedules_vary_and_end_at_the_last_side():
         ScheduleSampler.small((1, 3, 8))
     with pytest.raises(UserError, match="cannot be drawn"):
         replace(ScheduleSampler.published(), early=9)
+
+
+@pytest.mark.parametrize("sides", PUBLISHED.values(), ids=len)
+def test_a_model_of_published_sides_is_taught_by_the_published_sampler(sides):
+    made, plan = tokenizer(sides), FlexibleScalesConfig(sides).build()
+    assert ScheduleLessons(made, plan).sampler == ScheduleSampler.published()
+    released = ScheduleLessons(made, plan, compat=True)
+    assert released.sampler == ScheduleSampler.published(compat=True) and released.settings["compat"]
+    torch.manual_seed(0)
+    latents = {"ids": torch.randint(0, 24, (1, made.every.total))}
+    totals = [released.lesson(latents, step).total for step in range(20)]
+    assert len(set(totals)) > 5 and max(totals) <= 680
+
+
+def test_a_model_of_other_sides_is_taught_by_its_own():
+    made, plan = tokenizer((1, 2, 3, 5)), FlexibleScalesConfig((1, 2, 3, 5)).build()
+    lessons = ScheduleLessons(made, plan, others=((1, 2, 4, 8), (1, 4, 5)))
+    assert lessons.sampler == ScheduleSampler.small((1, 2, 3, 5))
+    assert lessons.others == ((1, 4, 5),)  # what ends at another grid is not this model's
+    with pytest.raises(UserError, match="the grid 6x6 cannot be taught by a tokenizer of maps up to 5x5"):
+        ScheduleLessons(made, FlexibleScalesConfig((1, 2, 3, 6)).build())
+
+
+def test_the_largest_released_size_starts_with_smaller_gates():
+    assert [FlexVARConfig.published(depth).adaln_init for depth in (16, 20, 24)] == [1e-3, 1e-3, 1e-4]
+    assert FlexVARConfig.published(24, adaln_init=0.5).adaln_init == 0.5
 
 
 def test_a_lesson_is_the_drawn_schedule_with_its_own_maps():

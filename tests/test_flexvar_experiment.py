@@ -80,6 +80,12 @@ def test_sizes_are_read(flexvar: Pipeline) -> None:
         assert 0 <= experiment.whole_digits_read(1).measure(subject) <= 1
 
 
+def test_no_rule_compares_what_cannot_differ() -> None:
+    """FlexVAR's reconstruction is the same in every schedule."""
+    (part,) = [part for part in experiment.EXPERIMENT.parts if part.name == "schedules never trained in"]
+    assert {rule.metric for rule in part.rule.rules} == {"last scale's loss", "FID"}
+
+
 def test_rules_name_arms_and_metrics_that_there_are() -> None:
     for part in experiment.EXPERIMENT.parts:
         values = {arm.name: {metric.name: [1.0] for metric in part.metrics} for arm in part.arms}

@@ -10,6 +10,7 @@ from PIL import Image
 import varkit
 from varkit.cli.main import main
 from varkit.decode.loop import run, take
+from varkit.edit.inpaint import box_mask, inpaint
 from varkit.edit.refine import expand, refine, start_refine, surrounded
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
@@ -17,7 +18,7 @@ from varkit.generators.flexvar import FlexVARConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.pictures import to_tensor
-from varkit.plans.flexible import FlexibleScalesConfig
+from varkit.plans.flexible import PUBLISHED, PUBLISHED_512, FlexibleScalesConfig
 from varkit.plans.schedule import Schedule
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.map_vq import MapVQConfig
@@ -25,14 +26,14 @@ from varkit.tokenizers.map_vq import MapVQConfig
 SCHEDULE = (1, 2, 3, 4, 6, 8)
 
 
-def square() -> Pipeline:
-    """Random weights; pictures of 16 x 16 pixels."""
+def pipeline_of(schedule: tuple[int, ...], seen: tuple[int, ...] = ()) -> Pipeline:
+    """Random weights; a token is 2 x 2 pixels."""
     conv = ConvConfig(8, (1, 2), res_blocks=1, latent_channels=8, attention=False, groups=4)
     configs = {
-        "tokenizer": MapVQConfig(conv, 24, 6, SCHEDULE),
+        "tokenizer": MapVQConfig(conv, 24, 6, schedule),
         "generator": FlexVARConfig(2, 24, 2, 6, ClassConfig(3, ("cat", "dog", "owl")), table=8, adaln_init=1.0),
         "head": CategoricalConfig(24, 24, init_scale=5.0),
-        "plan": FlexibleScalesConfig(SCHEDULE),
+        "plan": FlexibleScalesConfig(schedule, seen=seen),
     }  # fmt: skip
     torch.manual_seed(0)
     parts = {name: config.build() for name, config in configs.items()}
@@ -42,7 +43,8 @@ def square() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def model() -> Pipeline:
-    return square()
+    """Pictures of 16 x 16 pixels."""
+    return pipeline_of(SCHEDULE)
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +77,96 @@ def test_sizes_and_shapes_never_trained_on(model: Pipeline):
         model.sized((17, 16))
 
 
+def test_one_model_of_a_grid_of_16_draws_in_the_published_numbers_of_steps():
+    """6, 8, 10 and 13 steps, and 15 for twice the size, over the same weights."""
+    large = pipeline_of(PUBLISHED[10], seen=PUBLISHED[10])
+    pictures = {}
+    for steps in (6, 8, 10, 13):
+        other = large.scheduled(steps)
+        assert other.parts["generator"] is large.parts["generator"]
+        assert [h for h, _ in other.schedule.sides] == list(PUBLISHED[steps])
+        state = run(other.model, other.start([1]))
+        assert int(state.evaluations) == steps
+        (picture,) = other.pictures(state)
+        assert picture.size == (32, 32)
+        pictures[steps] = picture.tobytes()
+    assert len(set(pictures.values())) == 4
+    assert pictures[10] == large.generate(1)[0].tobytes()
+    twice = large.sized((64, 64))
+    assert [h for h, _ in twice.schedule.sides] == list(PUBLISHED_512)
+    assert evaluations(twice) == 15 and twice.size == (64, 64)
+
+
 def test_guidance_and_temperature_follow_the_schedule(model: Pipeline):
-    settings = model.scheduled((1, 2, 8, 12)).settings
+    other = model.scheduled((1, 2, 8, 12))
+    assert other.settings == model.settings
+    settings = other.sampling()
     assert settings.temperature == (0.8, 0.8, 0.8, 0.0)
     assert settings.ramp == (0.0, 1 / 3, 2 / 3, 1.0)
-    assert model.scheduled((1, 2, 8, 12), greedy_unseen=False).settings.temperature == 0.8
-    assert model.sized((24, 24)).scheduled(4).sized((16, 16)).settings.temperature == 0.8
+    assert model.scheduled((1, 2, 8, 12), greedy_unseen=False).sampling().temperature == 0.8
+    assert model.sized((24, 24)).scheduled(4).sized((16, 16)).sampling().temperature == 0.8
     long = model.sized((64, 64)).scheduled(range(1, 13))
-    assert max(long.settings.ramp) == 1.0  # beyond the trained side guidance has risen
-    small = model.scheduled(8).settings
+    assert max(long.sampling().ramp) == 1.0  # beyond the trained side guidance has risen
+    small = model.scheduled(8).sampling()
     assert small.ramp == tuple(k / 7 for k in range(8))
+    digits = varkit.load("digits")
+    assert digits.sampling() == digits.settings
+
+
+def test_sizes_take_what_schedules_take_and_it_stays(model: Pipeline):
+    free = model.sized((24, 24), greedy_unseen=False)
+    assert free.sampling().temperature == 0.8 and 0.0 in model.sized((24, 24)).sampling().temperature
+    assert free.scheduled(5).sampling().temperature == 0.8
+    assert 0.0 in free.scheduled(5, greedy_unseen=True).sampling().temperature
+    large = pipeline_of(PUBLISHED[10])
+    assert max(large.scheduled(13).sampling().ramp) == 12 / 9
+    assert max(large.sized((32, 32), clamp=True).scheduled(13).sampling().ramp) == 1.0
+    assert model.sized(model.size) is model and model.sized(None) is model
+    with pytest.raises(UserError, match="one order that it was trained with"):
+        varkit.load("digits").sized(None, clamp=True)
+
+
+def test_what_replaces_settings_follows_the_schedule_too(model: Pipeline, tmp_path: Path):
+    """A user's temperature or ramp is that of the scales that are drawn at random, whoever passes it on."""
+    other = model.scheduled((1, 2, 8, 12))
+    told: list[dict] = [
+        {"temperature": (0.5, 0.5, 0.5, 0.0), "ramp": (0.0, 1 / 3, 2 / 3, 1.0)},
+        {"temperature": 0.5, "ramp": True},
+    ]
+    listed, plain = (other.generate(1, seed=1, **settings)[0].tobytes() for settings in told)
+    assert listed == plain
+    assert (
+        plain
+        != other.scheduled((1, 2, 8, 12), greedy_unseen=False)
+        .generate(1, seed=1, temperature=0.5)[0]
+        .tobytes()
+    )
+    *_, streamed = other.stream([1], seed=1, **told[1])
+    assert streamed[0].tobytes() == plain
+    state = start_refine(other, picture((5, 5)), 1, **told[1])
+    assert (
+        state.options.temperature == told[0]["temperature"] and state.options.combine.ramp == told[0]["ramp"]
+    )
+    other.save(tmp_path / "model")
+    again = varkit.load(tmp_path / "model")
+    assert again.settings == model.settings and again.sampling() == other.sampling()
+    assert again.generate(1, seed=1, temperature=0.5)[0].tobytes() == plain
+    out = tmp_path / "one.png"
+    words = [
+        "--schedule",
+        "1,2,8,12",
+        "--temperature",
+        "0.5",
+        "--ramp",
+        "on",
+        "--seed",
+        "1",
+        "--out",
+        str(out),
+    ]
+    model.save(tmp_path / "own")
+    assert main(["generate", "--model", str(tmp_path / "own"), "--label", "1", *words]) == 0
+    assert Image.open(out).tobytes() == plain
 
 
 def test_unseen_scales_are_drawn_greedily(model: Pipeline):
@@ -188,5 +270,20 @@ def test_the_command_line_refines_and_expands(folder: Path, tmp_path: Path, caps
     assert edit("whole.png", "--size", "16x24") == 0
     kept = Image.open(out).crop((4, 0, 20, 16)).tobytes()
     assert kept == picture((16, 16)).tobytes()
+    assert edit("whole.png", "--size", "16x24", "--place", "0", "1", "--steps", "5") == 0
+    assert Image.open(out).crop((8, 0, 24, 16)).tobytes() == picture((16, 16)).tobytes()
+    assert edit("whole.png", "--box", "0", "0", "1", "0.5", "--schedule", "1,2,4,8", "--raw") == 0
+    few, whole = varkit.load(folder).scheduled((1, 2, 4, 8)), picture((16, 16))
+    wanted = inpaint(few, whole, box_mask((16, 16), (0, 0, 1, 0.5)), 1)[0]
+    assert Image.open(out).tobytes() == wanted.tobytes()
+    assert edit("small.png", "--refine", "--schedule", "1,2,4,12") == 0 and Image.open(out).size == (24, 24)
+    for wrong, says in (
+        (["--refine", "--place", "0", "0"], "--place is for drawing more around a picture"),
+        (["--refine", "--steps", "4", "--schedule", "1,2"], "give one of them"),
+        (["--size", "16x24", "--schedule", "1,2"], "the last side of a schedule is the size"),
+        (["--size", "16x24", "--place", "0", "2"], "is outside 0 to 1"),
+    ):
+        assert edit("small.png", *wrong) == 2
+        assert says in capsys.readouterr().err
     assert edit("whole.png", "--size", "16x24", "--box", "0", "0", "1", "0.5") == 2
     assert "leave --mask and --box out" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from varkit.catalog.models import Trained
 from varkit.data.registry import open_dataset
 from varkit.decode.cache.full import FullCache
 from varkit.decode.loop import Model, advance, decode, run
+from varkit.decode.sampling import Sampler
 from varkit.decode.state import State
 from varkit.draws import Draws
 from varkit.edit.inpaint import start_inpaint
@@ -34,7 +35,7 @@ from varkit.nn.attention import Packed
 from varkit.plans.base import CONFIDENCE
 from varkit.plans.refined import MASK, RefinedConfig, RefinedPlan, coarse_counts
 from varkit.plans.scale_weights import scale_weights, token_weights
-from varkit.plans.scales import ScalesConfig
+from varkit.plans.scales import ScalesConfig, Windows
 from varkit.plans.schedule import Schedule
 from varkit.train.loop import load_run
 from varkit.train.masked_scales import FirstGuesses, MaskedScales
@@ -137,7 +138,7 @@ def test_the_least_confident_are_drawn_again():
     seen = []
 
     def watch(step, values, state):
-        seen.append((step, values[CONFIDENCE].clone()))
+        seen.append((step, values[CONFIDENCE].clone() if CONFIDENCE in values else None))
         return values
 
     state = start(tokenizer, model, REFINED.conditions(BATCH))
@@ -153,6 +154,50 @@ def test_the_least_confident_are_drawn_again():
         assert torch.equal(
             again.feed.ids.expand(BATCH, -1)[masked].view(BATCH, -1), again.target.sort().values
         )
+
+
+class Watched(Sampler):
+    """Counts how often it filters logits, and at how many of its steps it was asked how sure it is."""
+
+    counts = {"filtered": 0, "asked": 0}
+
+    def __call__(self, logits, ask):
+        self.counts["asked"] += ask.confidence
+        return super().__call__(logits, ask)
+
+    def filtered(self, logits, progress=None):
+        self.counts["filtered"] += 1
+        return super().filtered(logits, progress)
+
+
+@pytest.mark.parametrize(
+    ("counts", "asked"), [((), 0), (((1,), (1, 3)), 1), (((1,), (1, 3), (2, 2, 2), (12, 12)), 4)]
+)
+def test_confidence_is_computed_only_where_a_scale_has_tokens_left(monkeypatch, counts, asked):
+    """Not for scales drawn at once, nor for a scale's last step; and nowhere are logits filtered twice."""
+    monkeypatch.setattr(Watched, "counts", {"filtered": 0, "asked": 0})
+    tokenizer, model = with_plan(REFINED, counts=counts)
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    plain = drawn(run(model, state.select(torch.arange(BATCH))))
+    state.options = replace(state.options, pick=Watched(top_k=20, top_p=0.9))
+    always = state.select(torch.arange(BATCH))
+    run(model, state)
+    assert Watched.counts == {"filtered": model.plan.evaluations, "asked": asked}
+
+    def sure(logits, ask):
+        return Sampler(top_k=20, top_p=0.9)(logits, replace(ask, confidence=True))
+
+    always.options = replace(always.options, pick=sure)
+    assert torch.equal(drawn(run(model, always)), drawn(state)), "asking changes nothing that is drawn"
+    assert not torch.equal(plain, drawn(state)), "the filters matter here"
+
+
+def test_refinement_without_confidence_is_refused():
+    tokenizer, model = with_plan(REFINED, counts=((1,), (1, 3)))
+    state = start(tokenizer, model, REFINED.conditions(BATCH))
+    state.options = replace(state.options, pick=lambda logits, ask: {"ids": logits.argmax(dim=-1)})
+    with pytest.raises(UserError, match="commits what is surest, but the step's values are ids"):
+        run(model, state)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -283,6 +328,7 @@ def test_rolled_back_to_the_start_of_a_scale_it_draws_the_same():
         ({"counts": ((1,), (0, 4))}, "do not make up its 4"),
         ({"counts": ((1,),) * 9}, "9 levels"),
         ({"history": 1}, "history 1"),
+        ({"windows": Windows(3, least=4)}, "side=3, least=4.* does not go with refinement"),
         ({"noise": -1.0}, "noise -1"),
     ],
 )
@@ -426,7 +472,7 @@ def test_the_experiment_is_measured_with_toys(monkeypatch):
     assert counted == [4.0, 5.0, 5.0]  # of this pyramid only the 2 x 2 scale is refined
     functions = cost.metrics[0].measure.__globals__
     monkeypatch.setitem(functions["SIDES"], 256, (1, 2, 3))
-    monkeypatch.setitem(functions, "ROUNDS", 1)
+    monkeypatch.setitem(functions, "WIDTH", 32)
     values = {
         arm.name: {m.name: [m.measure(Subject(pipeline, 0, arm.options))] for m in cost.metrics}
         for arm in cost.arms[:2]
@@ -434,5 +480,13 @@ def test_the_experiment_is_measured_with_toys(monkeypatch):
     assert set(values) == {"VAR 256", "HMAR 256"} and all(
         v > 0 for own in values.values() for (v,) in own.values()
     )
-    assert values["HMAR 256"]["memory"][0] < values["VAR 256"]["memory"][0]
+    work = functions["work"]
+    kept = {name: work(name, (1, 2, 3), train=False).carried() for name in ("VAR", "HMAR")}
+    assert kept == {
+        "VAR": 1e-6 * 2 * 8 * 2 * 14 * 32 * 4,
+        "HMAR": 0,
+    }  # k, v; layers; branches; slots; width; bytes
+    timed = work("HMAR", (1, 2, 3), train=True)
+    assert (timed.generator.depth, timed.generator.mask_depth) == (8, 4)
+    assert timed.plan.counts[1] == (1, 3)
     assert "FID" in str(quality.rule)

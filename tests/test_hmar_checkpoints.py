@@ -88,6 +88,13 @@ def test_the_names_are_the_published_ones():
     assert shapes == case.entry("state")
 
 
+def test_biases_of_keys_must_be_zero():
+    state = published(tiny())
+    state["mask_blocks.1.attn.zero_k_bias"][0] = 1
+    with pytest.raises(UserError, match="mask_blocks.1.attn.zero_k_bias of the HMAR checkpoint is not zero"):
+        hmar.generator_from_published(state)
+
+
 def test_splitting_and_merging_are_inverse():
     merged = published(tiny())
     first, second = hmar.split(merged)

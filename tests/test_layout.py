@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "varkit"
 TIERS = (
-    ("errors", "files", "draws", "pictures", "hardware", "ranks"),
+    ("devices", "errors", "files", "draws", "pictures", "hardware", "ranks"),
     ("data", "nn", "plans"),
     ("canvases",),
     ("tokenizers", "heads"),

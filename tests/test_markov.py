@@ -28,10 +28,10 @@ def hidden(model, canvas, step: Step, prepared, own=None) -> torch.Tensor:
         return model.generator(canvas.feed(step.feed), step, prepared, window)
 
 
-@pytest.fixture(params=["tiles", "mask"], autouse=True)
+@pytest.fixture(params=["strips", "tiles"], autouse=True)
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows attended by tiles, and under the dense mask."""
-    monkeypatch.setattr(neighbourhood, "FEWEST", 0 if request.param == "tiles" else 10**6)
+    """Windows attended by strips, and by tiles."""
+    monkeypatch.setattr(neighbourhood, "STRIPS", 10**6 if request.param == "strips" else 0)
 
 
 def test_a_window_as_large_as_the_grid_is_dense_attention():
@@ -46,7 +46,7 @@ def test_a_window_as_large_as_the_grid_is_dense_attention():
 
 
 def test_scales_packed_are_scales_alone():
-    """What justifies training them apart: the packed forward is each scale's own, under tiles and under a mask."""
+    """What justifies training them apart: the packed forward is each scale's own, and so it is under one mask."""
     tokenizer, model = CASE.build(torch.float64)
     latents = true_latents(tokenizer, model, 2)
     canvas, state = filled(tokenizer, latents), start(tokenizer, model, CASE.conditions(2), guidance=1.0)

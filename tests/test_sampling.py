@@ -1,5 +1,7 @@
 """Samplers and guidance: filters against slow definitions, distributions within five sigma, published conventions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from varkit.decode.sampling import Sampler, SmoothSampler, keep_top_k, keep_top_
 from varkit.draws import Draws
 from varkit.errors import UserError
 from varkit.heads.base import Ask
+from varkit.plans.base import CONFIDENCE
 from varkit.plans.step import Slots, Step
 
 rows = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12)
@@ -42,7 +45,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(row: list[float], p: float)
 def test_pick_inverts_the_distribution_function(row: list[float], u: float):
     logits = torch.tensor(row, dtype=torch.float64)
     masked = logits.masked_fill(torch.arange(len(row)) % 3 == 1, -torch.inf)
-    chosen = int(pick(masked, torch.tensor(u, dtype=torch.float64)))
+    chosen = int(pick(masked.softmax(-1), torch.tensor(u, dtype=torch.float64)))
     mass = masked.softmax(-1).cumsum(-1)
     assert masked[chosen] > -torch.inf
     assert float(mass[chosen]) >= u * float(mass[-1]) - 1e-9
@@ -52,7 +55,7 @@ def test_pick_inverts_the_distribution_function(row: list[float], u: float):
 def test_pick_never_takes_a_dropped_code_at_the_ends():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf])
     ends = torch.tensor([2.0**-25, 1 - 2.0**-24])
-    assert pick(logits.expand(2, -1), ends).tolist() == [1, 3]
+    assert pick(logits.softmax(-1).expand(2, -1), ends).tolist() == [1, 3]
 
 
 def ask(batch: int, targets: int, progress: float = 0.0, at: int = 0) -> Ask:
@@ -78,6 +81,18 @@ def test_sampling_follows_the_filtered_distribution():
 def test_temperature_zero_is_arg_max():
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(Sampler(temperature=0)(logits, ask(2, 5))["ids"], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, (1.0, 0.0)])
+def test_confidence_is_the_filtered_probability_of_what_is_drawn_anyway(temperature):
+    logits = 3 * torch.randn(2, 50, 9, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(temperature, top_k=6, top_p=0.9)
+    plain = ask(2, 50, progress=1.0)
+    values = sampler(logits, replace(plain, confidence=True))
+    assert torch.equal(values["ids"], sampler(logits, plain)["ids"])
+    p = sampler.filtered(logits, plain.progress).softmax(-1)
+    assert torch.equal(values[CONFIDENCE], p.gather(-1, values["ids"][..., None])[..., 0])
+    assert bool((values[CONFIDENCE] > 0).all()) and len(values[CONFIDENCE].unique()) > 20
 
 
 def test_smooth_sampling_draws_the_same_ids_and_sharpens():

@@ -19,10 +19,13 @@ from varkit.cli.main import main
 from varkit.errors import UserError
 from varkit.hub.verify import FAMILIES, Case, verify_case
 from varkit.nn.attention import Packed
+from varkit.plans.flexible import FlexibleScalesConfig
 from varkit.plans.join import pack
+from varkit.plans.schedule import Schedule
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.lessons import Lesson, WholePlan
 from varkit.train.objective import teacher_forced
+from varkit.train.schedule_lessons import ScheduleLessons
 from varkit.train.tokens import Tokens
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -43,12 +46,19 @@ def refinement(model, drop: float = 0.0, **settings) -> RefinementLoss:
     return RefinementLoss(model.generator, model.heads["main"], drop, SAR(**settings))
 
 
-def material(name: str, drop: float = 0.0) -> Material:
+def material(name: str, drop: float = 0.0, schedules: bool = False) -> Material:
+    """With `schedules`, another schedule of squares for each step, over maps of all grids."""
     case = CASES[name]
     tokenizer, model = case.build()
     latents = {k: v.numpy() for k, v in true_latents(tokenizer, model, 8).items()}
+    plan, lessons = model.plan, None
+    if schedules:
+        tokenizer.schedule, plan = Schedule.of(1, 2, 3, 5), FlexibleScalesConfig((1, 2, 3, 5)).build()
+        lessons = ScheduleLessons(tokenizer, plan)
+        rng = np.random.default_rng(0)
+        latents = {"ids": rng.integers(0, tokenizer.config.vocab_size, (8, tokenizer.every.total))}
     tokens = Tokens(latents, torch.arange(8).numpy() % 3)
-    parts = Forced(tokenizer, model.generator, model.heads["main"], model.plan)
+    parts = Forced(tokenizer, model.generator, model.heads["main"], plan, lessons)
     return Material(parts, tokens, tokens, 4, {"method": "sar"}, condition_drop=drop)
 
 
@@ -68,11 +78,16 @@ def task_gradients(task: NextStepTask) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("scales", ["all", "last"])
-def test_without_weight_it_is_teacher_forcing_bit_for_bit(scales: str):
-    """Check 1, with labels dropped and blocks skipped at random."""
-    made = material("var-class", drop=0.5)
+@pytest.mark.parametrize(("name", "schedules"), [("var-class", False), ("flexvar-class", True)])
+def test_without_weight_it_is_teacher_forcing_bit_for_bit(name: str, schedules: bool, scales: str):
+    """Check 1, with labels dropped, blocks skipped and, for FlexVAR, schedules drawn at random."""
+    made = material(name, drop=0.5, schedules=schedules)
     made.parts.generator.blocks[-1].drop_path = 0.5
     plain = task_gradients(Finetune().task(made))
+    if schedules:
+        torch.manual_seed(5)
+        drawn = made.parts.lessons.lesson({"ids": torch.from_numpy(made.tokens.latents["ids"])}, 0)
+        assert drawn.canvas.schedule != made.parts.plan.schedule
     refined = task_gradients(SAR(scales=scales, gamma=0.0).task(made))
     weighed = task_gradients(SAR(scales=scales, gamma=0.5).task(made))
     assert all(torch.equal(plain[name], refined[name]) for name in plain)

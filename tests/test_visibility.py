@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from varkit.errors import UserError
 from varkit.nn import neighbourhood
 from varkit.nn.attention import Packed, View, attend
-from varkit.nn.neighbourhood import Tiles
+from varkit.nn.neighbourhood import Strips, Tiles
 from varkit.plans.join import collate, pack
 from varkit.plans.raster import RasterPlan
 from varkit.plans.scales import ScalePlan, ScalesConfig, Windows
@@ -29,12 +29,12 @@ def gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fewest", [0, neighbourhood.FEWEST])
+@pytest.mark.parametrize("strips", [0, neighbourhood.STRIPS])
 def test_runs_apart_are_as_exact_as_the_dense_mask(
-    dtype: torch.dtype, fewest: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, strips: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Outputs and gradients, in bfloat16 by the backward pass of our own, against float64 under the mask."""
-    monkeypatch.setattr(neighbourhood, "FEWEST", fewest)
+    monkeypatch.setattr(neighbourhood, "STRIPS", strips)
     torch.manual_seed(0)
     some = (torch.rand(6, 6) < 0.5).fill_diagonal_(True)
     own = Apart.of([(1, "all"), (4, "causal"), (6, some), (5, "all"), (35, Neighbourhood((5, 7), 3))])
@@ -44,7 +44,8 @@ def test_runs_apart_are_as_exact_as_the_dense_mask(
         gradients(own, inputs, 1.0), gradients(own.mask(), inputs, 1.0), exact, strict=True
     ):
         assert one.dtype == dtype
-        assert (one - true).norm() <= 1.2 * (twin - true).norm() + 1e-12
+        # keys that two strips share have their gradients summed in bfloat16: 1.26 times the twin's error
+        assert (one - true).norm() <= (1.4 if strips else 1.2) * (twin - true).norm() + 1e-12
 
 
 def test_runs_apart_are_views_without_a_mask_and_heads_may_be_shared():
@@ -140,15 +141,17 @@ def test_a_slot_sees_the_window_around_it_shifted_inwards(area: Neighbourhood):
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(AREAS, st.integers(1, 6), st.sampled_from([1, 2]))
-def test_tiles_attend_as_under_the_dense_mask(area: Neighbourhood, side: int, shared: int):
+@given(AREAS, st.sampled_from([Strips, Tiles]), st.integers(1, 6), st.sampled_from([1, 2]))
+def test_strips_and_tiles_attend_as_under_the_dense_mask(
+    area: Neighbourhood, kind: type[Strips | Tiles], side: int, shared: int
+):
     torch.manual_seed(0)
     length = area.grid[0] * area.grid[1]
     q = torch.randn(2, 2 * shared, length, 4, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(2, 2, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     outer = torch.randn_like(q)
     found = []
-    for mask in (Tiles.of(area, side), area.mask()):
+    for mask in (kind.of(area, side), area.mask()):
         out = attend(q, [View(k, v, mask)], 1.0)
         found.append((out, *torch.autograd.grad(out, (q, k, v), outer)))
     for one, twin in zip(*found, strict=True):
@@ -159,10 +162,36 @@ def test_a_tile_of_one_is_the_index_table_and_larger_ones_skip_work():
     area = Neighbourhood((16, 16), 7)
     alone = Tiles.of(area, 1)
     assert torch.equal(alone.keys, area.table()) and alone.mask is None and alone.pairs == 256 * 49
-    for side in (24, 32, 64):
-        large = Neighbourhood((side, side), 7)
-        (view,) = Packed(Apart(((side**2, large),))).views(0, *torch.zeros(3, 1, 1, side**2, 2))
-        assert isinstance(view.mask, Tiles) and view.mask.pairs == side**2 * (8 + 7 - 1) ** 2
+    (view,) = viewed(Neighbourhood((64, 64), 7))
+    assert isinstance(view.mask, Tiles) and view.mask.pairs == 64**2 * (8 + 7 - 1) ** 2
+
+
+def test_smaller_grids_go_by_strips_whose_keys_are_slices():
+    (view,) = viewed(Neighbourhood((16, 16), 7))
+    assert isinstance(view.mask, Strips)
+    assert [(n, keys) for n, keys, _ in view.mask.each] == [
+        (64, slice(16 * a, 16 * b)) for a, b in ((0, 7), (1, 11), (5, 15), (9, 16))
+    ]
+    assert view.mask.pairs == 64 * 16 * (7 + 10 + 10 + 7) and view.mask.pairs < 0.54 * 256**2
+    for side in (13, 24, 32):
+        (view,) = viewed(Neighbourhood((side, side), 7))
+        assert isinstance(view.mask, Strips) and sum(n for n, *_ in view.mask.each) == side**2
+    within = Strips.of(Neighbourhood((5, 3), 7))
+    assert [(n, keys, mask) for n, keys, mask in within.each] == [
+        (12, slice(0, 15), None),
+        (3, slice(0, 15), None),
+    ]
+
+
+@pytest.mark.parametrize(("side", "kind"), [(16, torch.Tensor), (24, Tiles), (64, Tiles)])
+def test_elsewhere_than_on_a_cpu_nothing_goes_by_strips(side: int, kind: type):
+    assert isinstance(neighbourhood.fastest(Neighbourhood((side, side), 7), torch.device("meta")), kind)
+
+
+def viewed(area: Neighbourhood):
+    """How attention sees the area on the CPU."""
+    length = area.grid[0] * area.grid[1]
+    return Packed(Apart(((length, area),))).views(0, *torch.zeros(3, 1, 1, length, 2))
 
 
 def test_fine_levels_see_windows_of_themselves():

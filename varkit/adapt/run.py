@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from varkit.adapt.lessons import lessons_for
 from varkit.adapt.method import Material, Method
 from varkit.adapt.registry import name_of
 from varkit.data.base import Dataset
@@ -100,7 +101,8 @@ def adapt(
 ) -> Path:
     """Post-train `start`, in place, in the folder `out`; with `resume`, go on where it stopped.
 
-    Of the recipe its generator's part is used: rate and steps, batches, lessons. Returns the finished model's folder.
+    Of the recipe its generator's part is used: rate and steps, batches, and lessons where they fit the model
+    (`varkit.adapt.lessons`). Returns the finished model's folder.
     """
     root = Path(out)
     if current().first:
@@ -109,6 +111,7 @@ def adapt(
     train = request.apply(recipe.generator.train, 1.0)
     if request.lr is not None:
         train = replace(train, lr=request.lr)
+    start.to(request.place)
     parts = _parts(start, recipe)
     say = begin(root, request, resume, say)
     tokens, held_out = encoded(start.tokenizer, dataset, recipe.generator.pictures, root, say)
@@ -178,5 +181,5 @@ def _parts(start: Pipeline, recipe: Recipe) -> Forced:
         raise UserError(f"this model has the heads {', '.join(sorted(heads))}; models with one are adapted")
     for part in (start.generator, heads["main"]):
         part.to(torch.float32).requires_grad_(True)
-    lessons = recipe.generator.teach(start.tokenizer, start.model.plan)
+    lessons = lessons_for(start, recipe)
     return Forced(start.tokenizer, start.generator, heads["main"], start.model.plan, lessons)

@@ -6,11 +6,13 @@ Legend: B samples, P positions, L slots fed, T targets.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from varkit.devices import sent, sent_once
+from varkit.errors import UserError
 from varkit.plans.step import Slots, Step
 
 NEVER = -1
@@ -52,7 +54,7 @@ class Canvas(ABC):
 
     @abstractmethod
     def fill(self, latents: dict[str, Tensor]) -> None:
-        """Put true latents at every position (teacher forcing)."""
+        """Put true latents at every position (teacher forcing). Raises `UserError` for another number of positions."""
 
     @abstractmethod
     def preview(self) -> Tensor:
@@ -86,12 +88,22 @@ class Canvas(ABC):
         return parts[0].with_tensors({k: torch.cat([t[k] for t in tables]) for k in tables[0]})
 
 
+def check_positions(latents: dict[str, Tensor], names: Iterable[str], positions: int) -> None:
+    """Raise `UserError` unless latents (B, P, ...) of these names have a value for each of a canvas's positions."""
+    for name in names:
+        if latents[name].shape[1] != positions:
+            raise UserError(
+                f"latents {name!r} of {latents[name].shape[1]} positions do not fill a canvas of {positions}; encode "
+                "the pictures in the schedule that is drawn in"
+            )
+
+
 def gather_positions(table: Tensor, positions: Tensor) -> Tensor:
     """table (B, P, ...) at positions (L,) or (B, L) -> (B, L, ...), zeros where the position is -1."""
     complete = bool(
         (positions >= 0).all()
     )  # asked where the plan's tensors live: no synchronisation with the device
-    positions = positions.to(table.device)
+    positions = sent_once(positions, table.device)
     if positions.ndim == 1:
         found = table[:, positions.clamp(min=0)]
     else:
@@ -108,14 +120,14 @@ def scatter_positions(table: Tensor, positions: Tensor, values: Tensor, keep: Te
     False.
     """
     complete = positions.ndim == 1 and keep is None and bool((positions >= 0).all())
-    positions = positions.to(table.device)
     if complete:
-        table[:, positions] = values.to(table.dtype)
+        table[:, sent_once(positions, table.device)] = values.to(table.dtype)
         return
     wanted = positions.expand(table.shape[0], -1)
-    ok = wanted >= 0 if keep is None else (wanted >= 0) & keep.to(table.device)
-    rows = torch.arange(table.shape[0], device=table.device)[:, None].expand_as(wanted)
-    table[rows[ok], wanted[ok]] = values.to(table.dtype)[ok]
+    ok = wanted >= 0 if keep is None else (wanted >= 0) & keep
+    rows, columns = ok.nonzero(as_tuple=True)  # there too: a device would have to tell how many they are
+    there, places, here = (sent(t, table.device) for t in (rows, wanted[rows, columns], columns))
+    table[there, places] = values.to(table.dtype)[there, here]
 
 
 def steps_of(step: Step, at: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from varkit.canvases.base import NEVER, Canvas, gather_positions, mark_revealed, scatter_positions
+from varkit.canvases.base import (
+    NEVER,
+    Canvas,
+    check_positions,
+    gather_positions,
+    mark_revealed,
+    scatter_positions,
+)
 from varkit.plans.step import Slots, Step
 
 
@@ -61,6 +68,7 @@ class GridCanvas(Canvas):
         return self.values
 
     def fill(self, latents: dict[str, Tensor]) -> None:
+        check_positions(latents, self.values, self.revealed_at.shape[1])
         for name in self.values:
             self.values[name] = latents[name].to(self.values[name].device, copy=True)
         self.revealed_at = torch.zeros_like(self.revealed_at)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varkit.canvases.pyramid import PyramidCanvas
+from varkit.devices import sent
 
 
 class MapsCanvas(PyramidCanvas):
@@ -23,11 +24,11 @@ class MapsCanvas(PyramidCanvas):
         """Each sample's last map, decoded at its own size and enlarged; samples may stand at different ones."""
         if self.show is None:
             raise TypeError("this canvas has no decoder, so it cannot show a picture")
-        counts = self.drawn.to(self.f_hat.device)
+        counts = self.drawn
         pictures: dict[int, Tensor] = {}
         for count in counts.unique().tolist():
             side = self.schedule.sides[count - 1]  # nothing yet: zeros at the finest grid
-            maps = self.f_hat[counts == count][:, : side[0] * side[1]]
+            maps = self.f_hat[self._rows(counts == count)][:, : side[0] * side[1]]
             pictures[count] = self.show(maps.mT.reshape(len(maps), -1, *side))
         h, w = self.schedule.last
         any_count, any_picture = next(iter(pictures.items()))
@@ -36,5 +37,9 @@ class MapsCanvas(PyramidCanvas):
         for count, picture in pictures.items():
             if picture.shape[2:] != shown.shape[2:]:
                 picture = F.interpolate(picture, shown.shape[2:], mode="bicubic").clamp(-1, 1)
-            shown[counts == count] = picture
+            shown[self._rows(counts == count)] = picture
         return shown
+
+    def _rows(self, chosen: Tensor) -> Tensor:
+        """Numbers of the samples chosen, where the maps are."""
+        return sent(chosen.nonzero()[:, 0], self.f_hat.device)

@@ -10,7 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from varkit.canvases.base import NEVER, Canvas, gather_positions, mark_revealed, scatter_positions
+from varkit.canvases.base import (
+    NEVER,
+    Canvas,
+    check_positions,
+    gather_positions,
+    mark_revealed,
+    scatter_positions,
+)
+from varkit.devices import sent
 from varkit.plans.schedule import Schedule
 from varkit.plans.step import Slots, Step
 
@@ -86,7 +94,7 @@ class PyramidCanvas(Canvas):
         fresh = self._complete() & ~before
         for level in fresh.any(dim=0).nonzero()[:, 0].tolist():
             a, e = self.schedule.offsets[level], self.schedule.offsets[level + 1]
-            rows = fresh[:, level].nonzero()[:, 0].to(self.f_hat.device)
+            rows = sent(fresh[:, level].nonzero()[:, 0], self.f_hat.device)
             self._add(level, self._tensors["codes"][rows, a:e], None if len(rows) == self.batch else rows)
         for b in again.nonzero()[:, 0].tolist():
             self._replay(b)  # a level drawn anew: its old codes must leave the sum
@@ -116,6 +124,7 @@ class PyramidCanvas(Canvas):
         return {self.name: self.chosen}
 
     def fill(self, latents: dict[str, Tensor]) -> None:
+        check_positions(latents, (self.name,), self.schedule.total)
         like = self.chosen
         self._tensors[self.name] = latents[self.name].to(like.device, like.dtype, copy=True)
         self._tensors["f_hat"] = torch.zeros_like(self.f_hat)

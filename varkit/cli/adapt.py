@@ -39,6 +39,8 @@ class Adapt:
     """Seed of everything random."""
     accumulation: int = 1
     """Split each batch into this many micro-batches, which the processes of torchrun share."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
     compile: bool = False
     """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 
@@ -80,7 +82,7 @@ class _By(Adapt):
             told, start = asdict(self.settings), load(self.model)
             request = Adaptation(
                 source_of(start, self.data), self.minutes, self.steps, None, self.seed, self.compile,
-                self.accumulation, start=self.model, method=self.method, settings=told, lr=self.lr,
+                self.accumulation, start=self.model, device=self.device, method=self.method, settings=told, lr=self.lr,
             )  # fmt: skip
             if ranks.first:
                 check_run(self.out, request, self.resume)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from varkit.cli.generate import Sampling, parse_size, save_picture
+from varkit.cli.generate import Sampling, check_order, in_order, parse_size, save_picture
 from varkit.errors import UserError
 from varkit.files import ensure_writable
 
@@ -34,10 +34,18 @@ class Edit(Sampling):
     """The picture is small: draw it at the model's size, or at --size (for a FlexVAR)."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels: without mask or box, draw more around the picture up to this size (for a FlexVAR)."""
+    place: tuple[float, float] | None = None
+    """Y X: where in the larger picture this one lies, from 0 0 (top left) to 1 1 (bottom right); by default amid it."""
+    schedule: str | None = None
+    """Sides of the scales, e.g. 1,2,4,8 or 1x1,2x3,4x6, for a model that takes any (FlexVAR)."""
+    steps: int | None = None
+    """In place of a schedule: how many scales, up to the same finest one."""
     raw: bool = False
     """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
     model: str = "scenes"
     """A bundled model, a saved folder, or a training's output folder."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
     n: int = 1
     """Versions to draw."""
     seed: int = 0
@@ -54,6 +62,11 @@ class Edit(Sampling):
             raise UserError(f"{given} given; say with one of them what is redrawn")
         if self.outside and self.box is None:
             raise UserError("--outside goes with --box; with --mask, invert the mask picture")
+        if self.place is not None and (self.refine or self.size is None):
+            raise UserError(
+                "--place is for drawing more around a picture; add --size, and leave --refine out, or leave it out"
+            )
+        check_order(self.schedule, self.steps, self.size)
         if self.caption is not None and self.label is not None:
             raise UserError(f"caption {self.caption!r} and label {self.label} were given; give one of them")
         if self.n < 1:
@@ -82,20 +95,22 @@ class Edit(Sampling):
         from PIL import Image
 
         from varkit.data.images import open_image
+        from varkit.devices import find_device
         from varkit.edit.inpaint import box_mask, inpaint, paste
         from varkit.edit.refine import refine, surrounded
         from varkit.hub.pipeline import load
 
-        size, pipeline = parse_size(self.size), load(self.model)
+        size, pipeline = parse_size(self.size), load(self.model).to(find_device(self.device))
         prompt = self.caption if self.label is None else self.label
+        pipeline = in_order(pipeline.sized(size), self.schedule, self.steps)
         if self.refine:
-            return refine(pipeline.sized(size), original, prompt, self.n, self.seed, **self.chosen())
+            return refine(pipeline, original, prompt, self.n, self.seed, **self.chosen())
         if size is not None:
-            original, redraw = surrounded(original, size)
+            original, redraw = surrounded(original, size, self.place or (0.5, 0.5))
         elif self.mask is not None:
             redraw = np.asarray(Image.fromarray(open_image(self.mask)).convert("L")) > 127
         else:
             assert self.box is not None
             redraw = box_mask((original.height, original.width), self.box, inside=not self.outside)
-        edited = inpaint(pipeline.sized(size), original, redraw, prompt, self.n, self.seed, **self.chosen())
+        edited = inpaint(pipeline, original, redraw, prompt, self.n, self.seed, **self.chosen())
         return edited if self.raw else paste(edited, original, redraw)

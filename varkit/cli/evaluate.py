@@ -66,6 +66,8 @@ class Evaluate(Sampling):
     """Bootstrap resamples behind the intervals of fid and rFID; 0 gives none."""
     statistics: Path | None = None
     """For fid: also write the reference's statistics to this .npz, to be given as --data later."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
     json: bool = False
     """Print one JSON object."""
     sheet: Path | None = None
@@ -116,9 +118,10 @@ class Evaluate(Sampling):
             print_table(*TABLES[self.suite](facts))
 
     def _of_model(self, facts: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+        from varkit.devices import find_device
         from varkit.hub.pipeline import load
 
-        pipeline = load(self.model)
+        pipeline = load(self.model).to(find_device(self.device))
         number = self.n or NUMBERS[self.suite]
         if self.suite == "reconstruction":
             return self._reconstruction(pipeline, number, facts)
@@ -167,6 +170,7 @@ class Evaluate(Sampling):
         return features
 
     def _fid(self, facts: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+        from varkit.devices import find_device
         from varkit.evaluate.distribution import evaluate_distribution
         from varkit.evaluate.features import load_features
         from varkit.evaluate.frechet import save_statistics
@@ -174,7 +178,7 @@ class Evaluate(Sampling):
 
         if self.statistics is not None:
             ensure_writable(self.statistics)
-        features, judged = load_features(self.features), open_judged(self.model)
+        features, judged = load_features(self.features), open_judged(self.model, find_device(self.device))
         spec, settings = self._reference(judged), self._settings(judged)
         side = (features.side, features.side)
         samples, reference = open_pair(judged, spec, side, self.n, self.seed, settings)

@@ -96,6 +96,8 @@ class Generate(Sampling):
     """Write one picture with all of them."""
     previews: bool = False
     """Also write a strip of each picture as it grew, step by step (NAME-previews.png)."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
     dtype: str | None = None
     """Compute in float32, bfloat16 or float16; by default as the model was saved."""
     offload: Literal["disk", "ram"] | None = None
@@ -109,12 +111,7 @@ class Generate(Sampling):
     def __post_init__(self) -> None:
         if self.text_encoder is not None and self.embeddings is not None:
             raise UserError("--text-encoder and --embeddings were given; give one of them")
-        if self.schedule is not None and self.steps is not None:
-            raise UserError("--schedule and --steps were given; give one of them")
-        if self.schedule is not None and self.size is not None:
-            raise UserError(
-                "--schedule and --size were given; the last side of a schedule is the size already"
-            )
+        check_order(self.schedule, self.steps, self.size)
         if self.clean_prompts and self.text_encoder is None:
             raise UserError(
                 "--clean-prompts is for what a text encoder reads; give --text-encoder, or clean in varkit embed"
@@ -163,14 +160,12 @@ class Generate(Sampling):
         """The model, as the options want it."""
         size = parse_size(self.size)
 
+        from varkit.devices import find_device
         from varkit.hub.pipeline import load
-        from varkit.plans.flexible import sides_of
 
-        pipeline = load(self.model, self.dtype, self.offload).sized(size)
-        if self.schedule is not None:
-            pipeline = pipeline.scheduled(sides_of(self.schedule))
-        elif self.steps is not None:
-            pipeline = pipeline.scheduled(self.steps)
+        device = find_device(self.device)
+        pipeline = load(self.model, self.dtype, self.offload).to(device).sized(size)
+        pipeline = in_order(pipeline, self.schedule, self.steps)
         if self.tile is not None:
             pipeline.tiled(self.tile)
         if self.refine is not None:
@@ -316,3 +311,20 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not found:
         raise UserError(f"--size {text!r} is not HEIGHTxWIDTH in pixels; write e.g. 64x64")
     return int(found[1]), int(found[2])
+
+
+def check_order(schedule: str | None, steps: int | None, size: str | None) -> None:
+    """Raise `UserError` for options that say the order of scales twice."""
+    if schedule is not None and steps is not None:
+        raise UserError("--schedule and --steps were given; give one of them")
+    if schedule is not None and size is not None:
+        raise UserError("--schedule and --size were given; the last side of a schedule is the size already")
+
+
+def in_order(pipeline: "Pipeline", schedule: str | None, steps: int | None) -> "Pipeline":
+    """The model in the schedule, or number of steps, that the options ask for."""
+    from varkit.plans.flexible import sides_of
+
+    if schedule is not None:
+        return pipeline.scheduled(sides_of(schedule))
+    return pipeline if steps is None else pipeline.scheduled(steps)

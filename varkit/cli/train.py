@@ -39,6 +39,8 @@ class Train:
     """Split each batch into this many micro-batches, which the processes of torchrun share."""
     shard: bool = False
     """The processes of torchrun hold one copy of the generator together, each a part of it, in place of one each."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
     compile: bool = False
     """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 
@@ -65,6 +67,7 @@ class Train:
             self.accumulation,
             self.shard,
             None if self.start is None else str(self.start),
+            self.device,
         )
 
     def _model(self, first: bool) -> Path:

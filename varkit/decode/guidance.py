@@ -6,10 +6,12 @@ LlamaGen) are converted where they are loaded.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from varkit.devices import sent, sent_once
 from varkit.errors import UserError
 from varkit.generators.base import Prepared, branches_and_batch
 from varkit.plans.step import Step
@@ -24,7 +26,12 @@ Ramp = bool | tuple[float, ...]
 def by_step(values: Sequence[float], progress: Tensor) -> Tensor:
     """The value of each step, of progress's shape; a list of another length than the plan's is spread evenly."""
     index = (progress * (len(values) - 1)).round().long()
-    return torch.tensor(values, device=progress.device)[index]
+    return sent_once(_table(tuple(values)), progress.device)[index]
+
+
+@lru_cache(maxsize=64)
+def _table(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values)
 
 
 def until(scale: float, last: int, steps: int) -> tuple[float, ...]:
@@ -73,10 +80,10 @@ class Guidance:
             return branches[0]
         conditional, null = branches[0], branches[1]
         if isinstance(self.scale, tuple):
-            s = by_step(self.scale, progress).to(branches.device, branches.dtype)
+            s = sent(by_step(self.scale, progress), branches.device).to(branches.dtype)
         elif self.ramp:
             risen = by_step(self.ramp, progress) if isinstance(self.ramp, tuple) else progress
-            s = 1 + (self.scale - 1) * risen.to(branches.device, branches.dtype)
+            s = 1 + (self.scale - 1) * sent(risen, branches.device).to(branches.dtype)
         else:
             return torch.lerp(null, conditional, self.scale)
         s = s.view(*s.shape, *([1] * (conditional.ndim - s.ndim)))

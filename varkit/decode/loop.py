@@ -113,7 +113,7 @@ def _ask(model: Model, state: State, step: Step, fed: dict[str, Tensor]) -> Ask:
         temperature=by_step(temperature, progress)[..., None]
         if isinstance(temperature, tuple)
         else temperature,
-        confidence=model.plan.by_confidence,
+        confidence=model.plan.by_confidence(step),
     )
 
 

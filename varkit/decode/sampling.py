@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varkit.decode.guidance import BySteps, by_step
+from varkit.devices import sent
 from varkit.errors import UserError
 from varkit.heads.base import Ask
 from varkit.plans.base import CONFIDENCE
@@ -42,17 +43,23 @@ class Sampler:
 
         Where it is asked for, with the probability of each under the filtered logits.
         """
-        ids = self._ids(logits, ask)
-        if not ask.confidence:
-            return {"ids": ids}
-        return {"ids": ids, CONFIDENCE: chance(self.filtered(logits, ask.progress), ids)}
+        if self.temperature == 0 and not ask.confidence:
+            return {"ids": logits.argmax(dim=-1)}
+        p = self.filtered(logits, ask.progress).softmax(dim=-1)
+        ids = self._ids(logits, p, ask)
+        return (
+            {"ids": ids, CONFIDENCE: p.gather(-1, ids[..., None]).squeeze(-1)}
+            if ask.confidence
+            else {"ids": ids}
+        )
 
-    def _ids(self, logits: Tensor, ask: Ask) -> Tensor:
+    def _ids(self, logits: Tensor, p: Tensor, ask: Ask) -> Tensor:
+        """Drawn from the probabilities p of the filtered logits, or the logits' arg-max at temperature 0."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         target, shape = ask.step.target.clamp(min=0), logits.shape[:-1]
         uniform = ask.draws.uniform("token", ask.at, target, math.prod(shape[2:])).view(shape)
-        ids = pick(self.filtered(logits, ask.progress), uniform.to(logits.device))
+        ids = pick(p, sent(uniform, logits.device))
         if isinstance(self.temperature, tuple) and 0 in self.temperature:
             greedy = _over(by_step(self.temperature, ask.progress) == 0, ids)
             ids = torch.where(greedy, logits.argmax(dim=-1), ids)
@@ -78,7 +85,7 @@ class Sampler:
 
 def _over(x: Tensor, like: Tensor) -> Tensor:
     """(B, 1) or (B, T) -> broadcastable to `like` (B, T, ...)."""
-    return x.to(like.device).view(*x.shape, *([1] * (like.ndim - 2)))
+    return sent(x, like.device).view(*x.shape, *([1] * (like.ndim - 2)))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -95,20 +102,15 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
 
 
-def pick(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative distribution: logits (..., V), uniform (...) in (0, 1) -> ids (...)."""
-    mass = logits.softmax(dim=-1).cumsum(dim=-1)
+def pick(p: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse of the cumulative distribution: probabilities (..., V), uniform (...) in (0, 1) -> ids (...)."""
+    mass = p.cumsum(dim=-1)
     wanted = uniform[..., None] * mass[..., -1:]
     ids = torch.searchsorted(mass, wanted, right=True).squeeze(-1)
     # a uniform next to 1 may round past the end: step back onto the last code that was kept
-    places = torch.arange(logits.shape[-1], device=logits.device)
-    last = torch.where(logits > -torch.inf, places, 0).amax(dim=-1)
+    places = torch.arange(p.shape[-1], device=p.device)
+    last = torch.where(p > 0, places, 0).amax(dim=-1)
     return torch.minimum(ids, last)
-
-
-def chance(logits: Tensor, ids: Tensor) -> Tensor:
-    """The probability of ids (...) under logits (..., V)."""
-    return logits.softmax(dim=-1).gather(-1, ids[..., None]).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,8 @@ class SmoothSampler:
 
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
         """logits (B, T, V) -> ids (B, T) and codes (B, T, D)."""
-        gumbel = ask.draws.gumbel("smooth", ask.at, ask.step.target.clamp(min=0), logits.shape[-1]).to(
-            logits.device
-        )
-        r = ask.progress.to(logits.device)[..., None]
+        gumbel = ask.draws.gumbel("smooth", ask.at, ask.step.target.clamp(min=0), logits.shape[-1])
+        gumbel, r = sent(gumbel, logits.device), sent(ask.progress, logits.device)[..., None]
         tau = (0.27 * (1 - 0.95 * r)).clamp(min=0.005)
         weights = ((self.sampler.filtered(logits, ask.progress) * (1 + r) + gumbel) / tau).softmax(dim=-1)
         return {**self.sampler(logits, ask), "codes": weights @ self.codebook}

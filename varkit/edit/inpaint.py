@@ -131,7 +131,7 @@ def start_kept(
 ) -> State:
     """A state for each number of the seed's stream, in which tokens `true` (1, L, ...) stand where keep (L,) is True.
 
-    Without a prompt the model is not told what. Settings are changes to the pipeline's.
+    Without a prompt the model is not told what. Settings are changes to the pipeline's, and follow its schedule.
     """  # fmt: skip
     n, chosen = len(numbers), replace(pipeline.settings, **settings)
     if prompt is None:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from varkit.data.base import Dataset
+from varkit.devices import device_of, placed
 from varkit.errors import UserError
 from varkit.evaluate.spectrum import Spectra, Spectrum
 from varkit.pictures import grid, to_pil, to_tensor
@@ -82,8 +83,8 @@ def reconstruct(
     shown: list[Tensor] = []
     worst: list[tuple[float, Tensor]] = []
     for batch in images:
-        latents = tokenizer.encode(batch)
-        rebuilt = tokenizer.decode(latents)
+        latents = placed(tokenizer.encode(batch.to(device_of(tokenizer))), batch.device)
+        rebuilt = tokenizer.decode(placed(latents, device_of(tokenizer))).to(batch.device)
         watch(batch, rebuilt)
         spectra.add(batch, rebuilt)
         if "ids" in latents:

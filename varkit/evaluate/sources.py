@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from varkit.data.arrays import ArrayImages
@@ -47,11 +48,11 @@ class Source:
     report: Report
 
 
-def open_judged(spec: str) -> Pipeline | Dataset:
-    """The model called `spec` or in that folder; otherwise the data set, folder of pictures or array file."""
+def open_judged(spec: str, device: torch.device) -> Pipeline | Dataset:
+    """The model called `spec` or in that folder, on the device; otherwise the data set, folder or array file."""
     folder = Path(spec)
     if spec in bundled() or any((folder / file).is_file() for file in (CONFIG, "request.json")):
-        return load(spec)
+        return load(spec).to(device)
     return open_dataset(spec)
 
 

@@ -35,6 +35,9 @@ class Generator(nn.Module, ABC):
     stacks: tuple[str, ...] = ()
     """Lists of like blocks that `prepare` and `forward` go through in order, and only so: any iterable may replace
     them."""
+    recordable: bool = True
+    """Whether a static plan's step always takes the same kernels on tensors that stay in their places, as a CUDA graph
+    (`varkit.decode.graphs`) has to; layers that carry tensors on, or send their own to the device, do not."""
 
     @abstractmethod
     def prepare(self, condition: Condition) -> Prepared:

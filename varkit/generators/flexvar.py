@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkit.devices import sent_once
 from varkit.errors import UserError
 from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.conditioning import ClassConfig, class_or_text
@@ -57,13 +58,14 @@ class FlexVARConfig:
 
     @classmethod
     def published(cls, depth: int, **rest: Any) -> "FlexVARConfig":
-        """A released size: depth 16, 20 or 24, all for 256 pixels."""
+        """A released size: depth 16, 20 or 24, all for 256 pixels; the largest starts with smaller gates."""
         defaults: dict[str, Any] = {
             "width": 64 * depth,
             "heads": depth,
             "code_width": 32,
             "condition": ClassConfig(1000),
             "drop_path": 0.1 * depth / 24,
+            "adaln_init": 1e-4 if depth >= 24 else 1e-3,
         }
         return cls(depth=depth, **(defaults | rest))
 
@@ -95,15 +97,16 @@ class FlexVAR(ScaleTransformer):
 
     def stands(self, step: Step, branches: int, device: torch.device) -> Tensor:
         """The table at the grid of each slot's scale: (L, C) or (N, L, C)."""
-        places, sides = step.feed.coords.split(2, dim=-1)
-        sides = sides.clamp(min=1)  # padding
+        sides = step.feed.coords[..., 2:].clamp(min=1)  # padding
         grids = [(h, w) for h, w in sides.reshape(-1, 2).unique(dim=0).tolist()]
+        places, sides = sent_once(step.feed.coords, device).split(2, dim=-1)
+        sides = sides.clamp(min=1)
         index, start = torch.zeros_like(places[..., 0]), 0
         for h, w in grids:
             here = (sides[..., 0] == h) & (sides[..., 1] == w)
             index = torch.where(here, start + places[..., 0] * w + places[..., 1], index)
             start += h * w
-        return self.positions(grids)[per_row(index, 1, branches).to(device)]
+        return self.positions(grids)[per_row(index, 1, branches)]
 
     def positions(self, grids: list[Grid]) -> Tensor:
         """The vectors of whole grids, one after the other: (sum of h w, C)."""

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkit.devices import sent_once
 from varkit.errors import UserError
 from varkit.generators.base import Prepared
 from varkit.generators.var import VAR, VARConfig
@@ -92,7 +93,7 @@ class HMAR(VAR):
             return h
         assert step.feed.time is not None, "a step that refines says by its times what is masked"
         draft = F.linear(fed["own"].to(h.dtype), self.embed.weight)
-        masked = (step.feed.time > 0).to(h.device)[..., None]
+        masked = (sent_once(step.feed.time, h.device) > 0)[..., None]
         return h + torch.where(masked, self.mask_embed.to(h.dtype), draft)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from varkit.devices import sent_once
 from varkit.errors import UserError
 from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.prompt import PromptCondition
@@ -109,5 +110,5 @@ class Infinity(ScaleTransformer):
 
     def rotation(self, step: Step, branches: int, device: torch.device) -> Rotary:
         """By the plan's rows and columns."""
-        coords = per_row(step.feed.coords, 2, branches).to(device)
+        coords = per_row(sent_once(step.feed.coords, device), 2, branches)
         return Rotary(rotary_angles(coords, self.width // self.config.heads))

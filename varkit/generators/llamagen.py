@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varkit.devices import sent_once
 from varkit.errors import UserError
 from varkit.generators.base import Condition, Generator, Prepared, check_tokenizer, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, Conditioner
@@ -152,14 +153,18 @@ class LlamaGen(Generator):
         h = rows(self.embed(ids), branches)
         if not bool((step.feed.shows < 0).any()):
             return h
-        blank = per_row(step.feed.shows < 0, 1, branches).to(h.device)
-        at = per_row(step.feed.ids.clamp(0, prefix.shape[1] - 1), 1, branches).to(h.device)
-        start = prefix[:, at] if at.ndim == 1 else prefix[torch.arange(len(prefix))[:, None], at]
+        blank = per_row(sent_once(step.feed.shows, h.device) < 0, 1, branches)
+        at = per_row(sent_once(step.feed.ids, h.device), 1, branches).clamp(0, prefix.shape[1] - 1)
+        start = (
+            prefix[:, at] if at.ndim == 1 else prefix[torch.arange(len(prefix), device=h.device)[:, None], at]
+        )
         return torch.where(blank[..., None], start, h)
 
     def _rotary(self, step: Step, branches: int, device: torch.device) -> Rotary:
-        coords = per_row(step.feed.coords, 2, branches).to(device)
-        blank = per_row(step.feed.shows < 0, 1, branches).to(device) if self.config.zero_prefix else None
+        coords = per_row(sent_once(step.feed.coords, device), 2, branches)
+        blank = None
+        if self.config.zero_prefix:
+            blank = per_row(sent_once(step.feed.shows, device) < 0, 1, branches)
         return Rotary(rotary_angles(coords, self.width // self.config.heads), blank)
 
     @torch.no_grad()

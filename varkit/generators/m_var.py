@@ -66,6 +66,7 @@ class MVarConfig(VARConfig):
 class MVar(VAR):
     """VAR of other blocks."""
 
+    recordable = False
     config: MVarConfig
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varkit.canvases.base import gather_positions
+from varkit.devices import sent, sent_once
 from varkit.errors import UserError, unknown_name
 from varkit.generators.base import Condition, Generator, Prepared, check_tokenizer, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, TextCondition
@@ -107,6 +107,11 @@ def kept(slots: Slots, batch: int) -> Tensor:
     return keep.expand(batch, -1)
 
 
+def _taken(h: Tensor, at: Tensor) -> Tensor:
+    """h (N, L, C) at slots (N, V), any of them at -1 -> (N, V, C)."""
+    return h.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, h.shape[-1]))
+
+
 class MAR(Generator):
     """`forward` takes {"latents": (B, L, D)} and returns (N, L, C).
 
@@ -163,11 +168,11 @@ class MAR(Generator):
     ) -> Tensor:
         buffer, batch = prepared["buffer"].flatten(0, 1), len(fed["latents"])
         branches, device = len(buffer) // batch, buffer.device
-        keep = kept(step.feed, batch)
-        ids = per_row(step.feed.ids.clamp(min=0), 1, branches).to(device)
-        h = self._encode(self._embed(fed["latents"], step, buffer, ids), keep, step, prepared, ports)
-        place = rows(torch.where(keep, keep.cumsum(dim=1) - 1, -1), branches).to(device)
-        h = torch.where((place < 0)[..., None], self.mask, gather_positions(self.decoder_embed(h), place))
+        ids = per_row(sent_once(step.feed.ids, device), 1, branches).clamp(min=0)
+        layout = fed if "place" in fed else self.layout(step.feed, batch)
+        h = self._encode(self._embed(fed["latents"], step, buffer, ids), layout, step, prepared, ports)
+        place = rows(sent(layout["place"], device), branches)
+        h = torch.where((place < 0)[..., None], self.mask, _taken(self.decoder_embed(h), place))
         h = h + self.decoder_position[ids]
         h = self._through(self.decoder, self.config.depth, h, window, step, prepared, ports)
         h = self.decoder_norm(h) + self.output_position[(ids - self.config.buffer).clamp(min=0)]
@@ -177,18 +182,33 @@ class MAR(Generator):
         """(B, L, D) -> (N, L, C): tokens, or the buffer (N, P, C) in its slots, and where they stand."""
         branches = len(buffer) // len(latents)
         h = rows(self.embed(latents.to(self.embed.weight.dtype)), branches)
-        condition = per_row(step.feed.segment == CONDITION, 1, branches).to(h.device)
+        condition = per_row(sent_once(step.feed.segment, h.device) == CONDITION, 1, branches)
         at = ids.clamp(max=self.config.buffer - 1)
-        start = buffer[:, at] if at.ndim == 1 else buffer[torch.arange(len(buffer))[:, None], at]
+        start = (
+            buffer[:, at] if at.ndim == 1 else buffer[torch.arange(len(buffer), device=h.device)[:, None], at]
+        )
         return torch.where(condition[..., None], start, h) + self.encoder_position[ids]
 
-    def _encode(self, h: Tensor, keep: Tensor, step: Step, prepared: Prepared, ports: Ports | None) -> Tensor:
-        """(N, L, C) -> (N, V, C): the slots kept, which see each other and nothing else."""
-        branches, counts = len(h) // len(keep), keep.sum(dim=1)
+    def layout(self, slots: Slots, batch: int) -> dict[str, Tensor]:
+        """The encoder's slots, `index` (B, V) and, if samples differ, `valid` (B, V); and `place` (B, L), where each
+        slot is among them, or -1. `forward` makes it of the step, unless it is fed with the rest, as to a CUDA graph.
+        """
+        keep = kept(slots, batch)
+        counts = keep.sum(dim=1)
         most = int(counts.max())
         index = keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-        valid = None if bool((counts == most).all()) else torch.arange(most) < counts[:, None]
-        h = gather_positions(h, rows(index, branches))
+        layout = {"index": index, "place": torch.where(keep, keep.cumsum(dim=1) - 1, -1)}
+        if bool((counts == most).all()):
+            return layout
+        return layout | {"valid": torch.arange(most) < counts[:, None]}
+
+    def _encode(
+        self, h: Tensor, layout: dict[str, Tensor], step: Step, prepared: Prepared, ports: Ports | None
+    ) -> Tensor:
+        """(N, L, C) -> (N, V, C): the slots kept, which see each other and nothing else."""
+        index, valid = layout["index"], layout.get("valid")
+        branches = len(h) // len(index)
+        h = _taken(h, rows(sent(index, h.device), branches))
         h = through(ports, "input", 0, self.norm_in(h), step, prepared)
         window = Packed(None, valid, branches)
         return self.encoder_norm(self._through(self.encoder, 0, h, window, step, prepared, ports))

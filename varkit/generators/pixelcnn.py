@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.canvases.base import gather_positions, scatter_positions
+from varkit.devices import sent_once
 from varkit.errors import UserError
 from varkit.generators.base import (
     Condition,
@@ -29,7 +30,6 @@ from varkit.generators.conditioning import ClassCondition, ClassConfig
 from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.nn.attention import Window
 from varkit.nn.linear import Linear
-from varkit.nn.neighbourhood import Tiles
 from varkit.nn.ports import Ports, through
 from varkit.plans.raster import RasterConfig
 from varkit.plans.schedule import Schedule
@@ -93,6 +93,8 @@ class PixelCNN(Generator):
 
     Ports: ("block", i) gets ul after block i, (N, places of its level, F); ("output", 0) the hidden states.
     """
+
+    recordable = False
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
@@ -170,15 +172,18 @@ def _seen(pixels: Tensor, step: Step, window: Window, branches: int, width: int)
     A pixel seen by any slot counts for all: kernels tell earlier from later by place.
     """
     values = rows(pixels, branches)
-    coords = per_row(step.feed.coords, 2, branches).to(values)
-    shown = per_row(step.feed.shows >= 0, 1, branches).to(values)
+    coords, shows = (sent_once(t, values.device) for t in (step.feed.coords, step.feed.shows))
+    coords = per_row(coords, 2, branches).to(values)
+    shown = per_row(shows >= 0, 1, branches).to(values)
     where = torch.cat(
         [coords.expand(*values.shape[:2], 2), shown.expand(values.shape[:2])[..., None]], dim=-1
     )
     where, values = where[:, None], values[:, None]  # one head
     (view,) = window.views(0, where, where, values)
     there = view.k[..., 2] > 0
-    assert not isinstance(view.mask, Tiles), "what earlier pixels are seen is told by a mask"
+    assert view.mask is None or isinstance(view.mask, Tensor), (
+        "what earlier pixels are seen is told by a mask"
+    )
     if view.mask is not None:
         there = there & view.mask.any(dim=-2)
     places = view.k[..., 0].long() * width + view.k[..., 1].long()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkit.devices import sent_once
 from varkit.generators.base import Condition, Generator, Prepared, per_row, rows
 from varkit.generators.conditioning import Conditioner
 from varkit.nn.adaln import AdaLNBlock, BlockConfig, modulate
@@ -58,7 +59,7 @@ class ScaleTransformer(Generator):
         """What is fed, embedded: (B, L, D) -> (B, L, C)."""
         vectors = fed["vectors"]
         if self.around is not None:
-            vectors = self.around(vectors, step.feed.ids.clamp(min=0).to(self.start.device))
+            vectors = self.around(vectors, sent_once(step.feed.ids, self.start.device).clamp(min=0))
         return self.embed(vectors.to(self.embed.weight.dtype))
 
     def every_block(self) -> Iterable[AdaLNBlock]:
@@ -79,10 +80,8 @@ class ScaleTransformer(Generator):
 
     def stands(self, step: Step, branches: int, device: torch.device) -> Tensor:
         """What is added to embedded codes at the step's slots, (L, C) or (N, L, C); by default by number and scale."""
-        ids, level = (
-            per_row(t, 1, branches).to(device) for t in (step.feed.ids.clamp(min=0), step.feed.level)
-        )
-        return self.place(ids, level)
+        ids, level = (per_row(sent_once(t, device), 1, branches) for t in (step.feed.ids, step.feed.level))
+        return self.place(ids.clamp(min=0), level)
 
     def rotation(self, step: Step, branches: int, device: torch.device) -> Rotation | None:
         """How attention turns queries and keys, if it does."""
@@ -132,12 +131,10 @@ class ScaleTransformer(Generator):
         """Fed -> (N, L, C): the shown maps, or the start tokens where nothing is shown, plus where they stand."""
         branches, device = start.shape[0] // fed["vectors"].shape[0], self.start.device
         starts = bool((step.feed.shows < 0).any())
-        ids, shows = (
-            per_row(t, 1, branches).to(device) for t in (step.feed.ids.clamp(min=0), step.feed.shows)
-        )
+        ids, shows = (per_row(sent_once(t, device), 1, branches) for t in (step.feed.ids, step.feed.shows))
         h = rows(self.shown(fed, step), branches)
         if starts:
-            first = start[:, None] + self.start[ids.clamp(max=len(self.start) - 1)]
+            first = start[:, None] + self.start[ids.clamp(0, len(self.start) - 1)]
             h = torch.where((shows < 0)[..., None], first, h)
         return h + self.stands(step, branches, device)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varkit.devices import placed, sent, sent_once
 from varkit.errors import UserError
 from varkit.heads.base import Ask, Head
 from varkit.heads.gaussian_diffusion import TIMES, GaussianDiffusion, Reverse, spread
@@ -94,20 +95,25 @@ class DiffusionHead(Head):
                 "times": torch.rand(shape, device=h.device),
                 "noise": torch.randn(*shape, x0.shape[-1], device=h.device),
             }
+        draws = placed(draws, h.device)
         times = (draws["times"] * TIMES).long()
         error, bound = self.terms(h, x0, times, draws["noise"])
         return (error + bound).mean(dim=-1)
 
     def sample(self, h: Tensor, ask: Ask) -> dict[str, Tensor]:
+        noise, temperature = self.noise(ask, h.device), ask.temperature
+        if isinstance(temperature, Tensor):
+            temperature = sent(temperature, h.device)
+        return {
+            "latents": self.sample_with(h, noise, lambda eps: ask.combine(eps, ask.progress), temperature)
+        }
+
+    def noise(self, ask: Ask, device: torch.device) -> Tensor:
+        """All noise of a sampling, (S, B, T, D)."""
         steps, channels = len(self.reverse), self.config.channels
         place = ask.step.target.clamp(min=0)
-        noise = ask.draws.normal("diffusion", ask.at, place, steps * channels).unflatten(
-            -1, (steps, channels)
-        )
-        noise = noise.movedim(2, 0).to(h.device)
-        return {
-            "latents": self.sample_with(h, noise, lambda eps: ask.combine(eps, ask.progress), ask.temperature)
-        }
+        noise = ask.draws.normal("diffusion", ask.at, place, steps * channels)
+        return sent(noise, device).unflatten(-1, (steps, channels)).movedim(2, 0)
 
     def sample_with(
         self,
@@ -126,7 +132,7 @@ class DiffusionHead(Head):
 
     def ancestral(self, h: Tensor, x: Tensor, i: int, combine: Callable[[Tensor], Tensor]) -> Reverse:
         """One step back from x (B, T, D) at step i of `reverse`, given h (R, B, T, C): its mean and variance."""
-        time = self.net.time(self.reverse.times[i].to(h.device))
+        time = self.net.time(sent_once(self.reverse.times, h.device)[i])
         return self._ancestral(x, i, self.net.steering(time, self.net.condition(h)), combine)
 
     def _ancestral(
@@ -138,9 +144,10 @@ class DiffusionHead(Head):
     def _steering(self, h: Tensor) -> Iterator[tuple[int, Steering]]:
         """Steps from noise to data, and what each does to the network; made for as many together as fit `ROWS`."""
         condition = self.net.condition(h)
-        times = self.net.time(self.reverse.times.to(h.device))
+        times = self.net.time(sent_once(self.reverse.times, h.device)).flip(0)
         together = max(1, ROWS // max(1, h.shape[:-1].numel()))
-        for group in torch.arange(len(times)).flip(0).split(together):
-            made = self.net.steering(times[group][:, None, None, None], condition)
-            for row, i in enumerate(group.tolist()):
-                yield i, [each[row] for each in made]
+        for first in range(0, len(times), together):
+            group = times[first : first + together]
+            made = self.net.steering(group[:, None, None, None], condition)
+            for row in range(len(group)):
+                yield len(times) - 1 - first - row, [each[row] for each in made]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varkit.devices import sent
 from varkit.errors import UserError
 from varkit.heads.base import Ask, Head
 from varkit.nn.linear import Linear
@@ -172,6 +173,7 @@ class LogisticMixtureHead(Head):
                 "give a sampler, or turn guidance off"
             )
         place, device = ask.step.target.clamp(min=0), mixture.means.device
-        gumbel = ask.draws.gumbel("component", ask.at, place, self.mixtures).to(device)
-        uniform = ask.draws.uniform("pixel", ask.at, place, CHANNELS).to(device)
+        gumbel = ask.draws.gumbel("component", ask.at, place, self.mixtures)
+        uniform = ask.draws.uniform("pixel", ask.at, place, CHANNELS)
+        gumbel, uniform = sent(gumbel, device), sent(uniform, device)
         return mixture.draw(gumbel[None], uniform[None])[0]

@@ -110,8 +110,7 @@ def generator_from_published(
     state: Mapping[str, Tensor], schedule: tuple[Side, ...] | None = None
 ) -> dict[str, State]:
     """A merged checkpoint's tensors as the states of the parts `generator`, `head` and `head_mask`."""
-    buffers = (var.LEVELS, var.MASK)
-    weights = {n: t for n, t in state.items() if n not in buffers and not n.endswith(var.KEY_BIAS)}
+    weights = var.without_buffers(state, "HMAR")
     config, head = generator_configs(state, schedule)
     empty = build_empty(head.build).state_dict()
     ours = joined(generator=build_empty(config.build).state_dict(), head=empty, head_mask=empty)
@@ -121,9 +120,9 @@ def generator_from_published(
 
 def generator_to_published(states: Mapping[str, State], config: HMARConfig) -> State:
     """The inverse, with the buffers that the published code expects."""
-    level = Schedule.parse(config.schedule).level_of
-    hidden = torch.zeros(len(level), len(level)).masked_fill(level[:, None] != level, -torch.inf)
-    buffers = {var.LEVELS: level[None], var.MASK: hidden[None, None]}
+    schedule = Schedule.parse(config.schedule)
+    mask = var.published_mask(var.hidden_by(0, schedule))
+    buffers = {var.LEVELS: schedule.level_of[None], var.MASK: mask}
     own = config.mask_depth
     for stack, count in ((BASE, config.depth - own), (FIRST, own), (MASK, own)):
         buffers |= {f"{stack}{i}.attn{var.KEY_BIAS}": torch.zeros(config.width) for i in range(count)}

@@ -73,8 +73,7 @@ def generator_to_published(
 ) -> State:
     """The inverse, with the buffers that the published code expects."""
     schedule = Schedule.parse(config.schedule)
-    level = schedule.level_of
     lengths = torch.tensor(schedule.lengths, dtype=torch.int32)
-    buffers = var.generator_buffers(config, hidden=level[:, None] != level)
+    buffers = var.generator_buffers(config, hidden=var.hidden_by(0, schedule))
     buffers |= {f"blocks.{i}.attn{SIDES}": lengths for i in range(config.depth)}
     return to_published(joined(generator=state, head=head), RULES) | buffers

@@ -29,12 +29,10 @@ from varkit.hub.config import from_json, to_json
 from varkit.hub.fit import check_fit
 from varkit.hub.folder import CONFIG, load_parts, save_parts
 from varkit.hub.prompts import Prompt, TextSource, check_source, condition_of, longest_prompt, nothing
-from varkit.hub.schedules import at_size, scheduled
+from varkit.hub.schedules import at_size, by_schedule, scheduled
 from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
-from varkit.plans.flexible import FlexibleScalesConfig
-from varkit.plans.ratios import sized
 from varkit.plans.refined import RefinedConfig, parse_counts
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
@@ -193,25 +191,26 @@ class Pipeline:
         """(height, width) of its pictures, in pixels."""
         return self.tokenizer.image_size(self.schedule)
 
-    def sized(self, size: tuple[int, int] | None) -> "Pipeline":
-        """The model for pictures of (height, width) pixels. Raises `UserError` for a size that it cannot make."""
-        plan = self.configs["plan"]
-        if size is not None and size != self.size and isinstance(plan, FlexibleScalesConfig):
-            return at_size(self, size)
-        if size is not None and size != self.size and isinstance(plan, ScalesConfig) and plan.ratios:
-            return self.over(sized(*size))
-        self.check_size(size)
-        return self
+    def sized(
+        self, size: tuple[int, int] | None, greedy_unseen: bool | None = None, clamp: bool | None = None
+    ) -> "Pipeline":
+        """The model for pictures of (height, width) pixels, else as `scheduled`. Raises `UserError` for other sizes."""
+        return at_size(self, size, greedy_unseen, clamp)
 
     def scheduled(
-        self, schedule: Sequence[Side] | int, greedy_unseen: bool = True, clamp: bool = False
+        self, schedule: Sequence[Side] | int, greedy_unseen: bool | None = None, clamp: bool | None = None
     ) -> "Pipeline":
         """The same model in another schedule, where it takes any (FlexVAR): its sides, or a number of steps.
 
-        greedy_unseen: scales of sides that training never drew take the likeliest codes. clamp: a ramp of guidance ends
-        at the scale given, also in more than ten steps. Raises `UserError` for a model of one schedule.
+        greedy_unseen: scales of sides that training never drew take the likeliest codes (True at first). clamp: a ramp
+        of guidance ends at the scale given, also in more than ten steps (False at first). Both stay as they were unless
+        given. Raises `UserError` for a model of one schedule.
         """
         return scheduled(self, schedule, greedy_unseen, clamp)
+
+    def sampling(self, settings: Settings | None = None) -> Settings:
+        """Settings, by default the model's own, as a run applies them: in any schedule, by its steps."""
+        return by_schedule(settings or self.settings, self.configs["plan"])
 
     def check_size(self, size: tuple[int, int] | None) -> None:
         """Raise `UserError` for a size that this model's schedule cannot make."""
@@ -266,6 +265,7 @@ class Pipeline:
         """A decoding state for a condition (1, B, ...); guidance adds the null condition, or `negative`, as a second
         branch. Raises `UserError` for a negative condition without guidance.
         """
+        settings = self.sampling(settings)
         combine, pick, batch = settings.combine(), settings.sampler(), len(samples)
         if not combine.off:
             away = negative or self.generator.conditioner.null(condition)
@@ -337,8 +337,8 @@ class Pipeline:
         """`n` pictures for each prompt, prompt after prompt.
 
         Picture i draws from sample i of `seed`, whatever the batch size. negative: a prompt that guidance leads away
-        from. `settings` replace the model's own: guidance, temperature, top_k, top_p, smooth. Raises `UserError` for
-        unknown words or labels, n below 1, a negative seed.
+        from. `settings` replace the model's own: guidance, temperature, top_k, top_p, smooth; they follow the schedule
+        (`sampling`). Raises `UserError` for unknown words or labels, n below 1, a negative seed.
         """
         chosen = replace(self.settings, **settings)
         states = self.starts(self.jobs(prompts, n), seed, batch_size, chosen, negative=negative)

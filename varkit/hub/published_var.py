@@ -16,7 +16,7 @@ from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.hub.states import State
 from varkit.plans.scales import ScalesConfig
-from varkit.plans.schedule import Side
+from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 
 SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
@@ -27,8 +27,8 @@ SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
 class Layout:
     """How generators of a kind over VAR's tokenizer are published: configurations told by shapes, tensors in and out.
 
-    history: that of the plan. file: the generator's name, by depth. training: fields that only training uses, of which
-    shapes tell nothing.
+    history: that of the plan, unless the checkpoint's attention mask tells another. file: the generator's name, by
+    depth. training: fields that only training uses, of which shapes tell nothing.
     """
 
     configs: Callable[..., tuple[VARConfig, CategoricalConfig]] = var.generator_configs
@@ -52,7 +52,8 @@ def pipeline(
     config, head = layout.configs(generator)
     told = var.tokenizer_config(tokenizer, config.schedule)
     check_pair(told, config, head.vocab_size)
-    plan = ScalesConfig(config.schedule, history=layout.history)
+    history = var.history_of(generator, Schedule.parse(config.schedule), layout.history)
+    plan = ScalesConfig(config.schedule, history=history)
     configs = {"tokenizer": told, "generator": config, "head": head, "plan": plan}
     states = dict(zip(("generator", "head"), layout.read(generator), strict=True))
     states["tokenizer"] = var.tokenizer_from_published(tokenizer, told)
@@ -71,6 +72,10 @@ def files(pipeline: Pipeline, layout: Layout = VAR) -> Files:
     state, conv = states_of(pipeline), tokenizer.conv
     autoencoder = var.tokenizer_to_published(state["tokenizer"], tokenizer)
     transformer = layout.write(state["generator"], state["head"], generator)
+    plan = pipeline.configs["plan"]
+    if isinstance(plan, ScalesConfig) and layout.history is None:  # M-VAR's code is not told by its mask
+        hidden = var.hidden_by(plan.history, Schedule.parse(generator.schedule))
+        transformer[var.MASK] = var.published_mask(hidden)
     _check_expressible(pipeline.configs, autoencoder, transformer, layout)
     return {
         f"vae_ch{conv.channels}v{tokenizer.vocab_size}z{tokenizer.code_channels}.pth": (autoencoder, ()),
@@ -99,7 +104,8 @@ def _check_expressible(
     own = configs["generator"]
     told = replace(told, condition=own.condition, **{name: getattr(own, name) for name in layout.training})
     check_told("generator", own, told)
-    check_told("plan", configs["plan"], ScalesConfig(told.schedule, history=layout.history))
+    history = var.history_of(generator, Schedule.parse(told.schedule), layout.history)
+    check_told("plan", configs["plan"], ScalesConfig(told.schedule, history=history))
     check_told("head", configs["head"], replace(told_head, init_scale=configs["head"].init_scale))
     check_tokenizer(configs["tokenizer"], tokenizer, told.schedule)
 

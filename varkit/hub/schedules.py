@@ -1,7 +1,9 @@
-"""Another schedule at run time for a model that takes any (FlexVAR, arXiv 2502.20313, Sec. 3.4): `Pipeline.scheduled`.
+"""Another schedule at run time for a model that takes any (FlexVAR, arXiv 2502.20313, Sec. 3.4): `Pipeline.scheduled`
+and `Pipeline.sized`.
 
 Guidance and sampling depend on the schedule as in the released sampler: a ramp of guidance rises over nine steps at
-most, and scales of sides that training never drew are drawn greedily.
+most, and scales of sides that training never drew are drawn greedily. So a pipeline keeps settings that know no
+schedule, and whatever replaces some of them, `by_schedule` makes numbers for each step of them as a run starts.
 """
 
 from collections.abc import Sequence
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from varkit.errors import UserError
 from varkit.plans.flexible import FlexibleScalesConfig, ramp
+from varkit.plans.ratios import sized
+from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 
 if TYPE_CHECKING:
@@ -17,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def scheduled(
-    pipeline: "Pipeline", schedule: Sequence[Side] | int, greedy_unseen: bool = True, clamp: bool = False
+    pipeline: "Pipeline",
+    schedule: Sequence[Side] | int,
+    greedy_unseen: bool | None = None,
+    clamp: bool | None = None,
 ) -> "Pipeline":
     """What `Pipeline.scheduled` gives."""
     plan = _flexible(pipeline)
@@ -27,8 +34,22 @@ def scheduled(
     return _over(pipeline, plan.over(schedule), greedy_unseen, clamp)
 
 
-def at_size(pipeline: "Pipeline", size: tuple[int, int]) -> "Pipeline":
-    """The same for pictures of (height, width) pixels. Raises `UserError` for a size between the tokenizer's steps."""
+def at_size(
+    pipeline: "Pipeline",
+    size: tuple[int, int] | None,
+    greedy_unseen: bool | None = None,
+    clamp: bool | None = None,
+) -> "Pipeline":
+    """What `Pipeline.sized` gives: a flexible plan makes any size of whole tokens, Infinity's those of its table."""
+    plan = pipeline.configs["plan"]
+    if not isinstance(plan, FlexibleScalesConfig) and greedy_unseen is clamp is None:
+        if size is not None and size != pipeline.size and isinstance(plan, ScalesConfig) and plan.ratios:
+            return pipeline.over(sized(*size))
+        pipeline.check_size(size)
+        return pipeline
+    plan = _flexible(pipeline)
+    if size is None or size == pipeline.size:
+        return _over(pipeline, plan, greedy_unseen, clamp)
     stride = pipeline.tokenizer.stride
     if size[0] % stride or size[1] % stride or min(size) < stride:
         near = [max(1, round(n / stride)) * stride for n in size]
@@ -36,8 +57,7 @@ def at_size(pipeline: "Pipeline", size: tuple[int, int]) -> "Pipeline":
             f"size {size[0]}x{size[1]} is no multiple of the {stride} pixels of a token; the nearest is "
             f"{near[0]}x{near[1]}"
         )
-    plan = _flexible(pipeline).to_grid((size[0] // stride, size[1] // stride))
-    return _over(pipeline, plan, greedy_unseen=True, clamp=False)
+    return _over(pipeline, plan.to_grid((size[0] // stride, size[1] // stride)), greedy_unseen, clamp)
 
 
 def _flexible(pipeline: "Pipeline") -> FlexibleScalesConfig:
@@ -49,21 +69,27 @@ def _flexible(pipeline: "Pipeline") -> FlexibleScalesConfig:
     return plan
 
 
-def _over(pipeline: "Pipeline", plan: FlexibleScalesConfig, greedy_unseen: bool, clamp: bool) -> "Pipeline":
-    other = pipeline.over(plan)
-    other.settings = adapted(pipeline.settings, plan, greedy_unseen, clamp)
-    return other
+def _over(
+    pipeline: "Pipeline", plan: FlexibleScalesConfig, greedy_unseen: bool | None, clamp: bool | None
+) -> "Pipeline":
+    if greedy_unseen is not None:
+        plan = replace(plan, greedy_unseen=greedy_unseen)
+    if clamp is not None:
+        plan = replace(plan, clamp=clamp)
+    return pipeline if plan == pipeline.configs["plan"] else pipeline.over(plan)
 
 
-def adapted(settings: "Settings", plan: FlexibleScalesConfig, greedy_unseen: bool, clamp: bool) -> "Settings":
-    """Settings for the plan's schedule: the ramp, if there is one, and temperature 0 at scales drawn greedily."""
-    temperature = settings.temperature
-    # What an earlier schedule made of it.
-    usual = max(temperature) if isinstance(temperature, tuple) else temperature
-    unseen = plan.unseen()
-    if greedy_unseen and any(unseen):
-        temperature = tuple(0.0 if new else usual for new in unseen)
-    else:
-        temperature = usual
-    rising = ramp(Schedule.parse(plan.schedule), plan.trained, clamp) if settings.ramp else False
+def by_schedule(settings: "Settings", plan: object) -> "Settings":
+    """Settings for the steps of a flexible plan, any other plan's as they are.
+
+    A rising guidance takes the schedule's ramp, and a temperature is 0 at scales drawn greedily. What is given for each
+    step already is left so.
+    """
+    if not isinstance(plan, FlexibleScalesConfig):
+        return settings
+    temperature, rising, unseen = settings.temperature, settings.ramp, plan.unseen()
+    if plan.greedy_unseen and any(unseen) and not isinstance(temperature, tuple):
+        temperature = tuple(0.0 if new else temperature for new in unseen)
+    if rising is True:
+        rising = ramp(Schedule.parse(plan.schedule), plan.trained, plan.clamp)
     return replace(settings, temperature=temperature, ramp=rising)

@@ -196,13 +196,7 @@ def read_generator(
     whose: str,
 ) -> tuple[State, State]:
     """The states of a generator and its head, for a layout like VAR's: without its buffers, by its rules."""
-    for name, tensor in state.items():
-        if name.endswith(KEY_BIAS) and bool(tensor.any()):
-            raise UserError(
-                f"{name} of the {whose} checkpoint is not zero; {whose}'s keys have no bias, so it is another model"
-            )
-    buffers = (LEVELS, MASK)
-    weights = {n: t for n, t in state.items() if n not in buffers and not n.endswith(KEY_BIAS)}
+    weights = without_buffers(state, whose)
     generator, head = (build_empty(config.build).state_dict() for config in configs)
     found = from_published(
         weights, joined(generator=generator, head=head), rules, f"the {whose} generator checkpoint"
@@ -210,18 +204,55 @@ def read_generator(
     return part(found, "generator."), part(found, "head.")
 
 
+def without_buffers(state: Mapping[str, Tensor], whose: str) -> State:
+    """What is learnt of a published generator. Raises `UserError` for a bias of keys, which is a buffer of zeros."""
+    for name, tensor in state.items():
+        if name.endswith(KEY_BIAS) and bool(tensor.any()):
+            raise UserError(
+                f"{name} of the {whose} checkpoint is not zero; {whose}'s keys have no bias, so it is another model"
+            )
+    return {n: t for n, t in state.items() if n not in (LEVELS, MASK) and not n.endswith(KEY_BIAS)}
+
+
+def hidden_by(history: int | None, schedule: Schedule) -> Tensor:
+    """(L, L) bool: which slots (rows) do not see which, where a level sees so many coarser ones, None: all."""
+    behind = schedule.level_of[:, None] - schedule.level_of
+    return behind < 0 if history is None else (behind < 0) | (behind > history)
+
+
+def history_of(state: Mapping[str, Tensor], schedule: Schedule, otherwise: int | None) -> int | None:
+    """How many coarser levels a level sees by the published attention mask; `otherwise` where there is none.
+
+    None: all of them (VAR); 0: block-diagonal (MVAR, HMAR's first stage), which the weights alone do not tell. Raises
+    `UserError` for any other mask.
+    """
+    if MASK not in state:
+        return otherwise
+    hidden = state[MASK].reshape(state[MASK].shape[-2:]) != 0
+    for history in (None, *range(len(schedule) - 1)):
+        if torch.equal(hidden, hidden_by(history, schedule)):
+            return history
+    raise UserError(
+        f"{MASK} of the checkpoint, {tuple(state[MASK].shape)}, is not that of scales which see so many coarser ones, "
+        f"over {schedule.total} positions; leave it out, or give the schedule it was made for"
+    )
+
+
 def generator_to_published(
     state: Mapping[str, Tensor], head: Mapping[str, Tensor], config: VARConfig
 ) -> State:
     """The inverse, with the buffers that the published code expects."""
-    level = Schedule.parse(config.schedule).level_of
-    buffers = generator_buffers(config, hidden=level[:, None] < level)
+    buffers = generator_buffers(config, hidden=hidden_by(None, Schedule.parse(config.schedule)))
     return to_published(joined(generator=state, head=head), GENERATOR_RULES) | buffers
 
 
 def generator_buffers(config: VARConfig, hidden: Tensor) -> State:
     """What the published code keeps beside weights; hidden (L, L) bool: which slots (rows) do not see which."""
     levels = Schedule.parse(config.schedule).level_of[None]
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
     biases = {f"blocks.{i}.attn{KEY_BIAS}": torch.zeros(config.width) for i in range(config.depth)}
-    return {LEVELS: levels, MASK: mask[None, None], **biases}
+    return {LEVELS: levels, MASK: published_mask(hidden), **biases}
+
+
+def published_mask(hidden: Tensor) -> Tensor:
+    """hidden (L, L) bool as it is added to logits, (1, 1, L, L)."""
+    return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[None, None]

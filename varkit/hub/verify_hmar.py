@@ -16,7 +16,7 @@ from varkit.canvases.base import Canvas
 from varkit.decode.cache.full import FullCache
 from varkit.decode.guidance import Guidance
 from varkit.decode.loop import Model, run
-from varkit.decode.sampling import Sampler, chance
+from varkit.decode.sampling import Sampler
 from varkit.decode.state import Options, State
 from varkit.draws import Draws
 from varkit.generators.base import Prepared, branches_and_batch
@@ -223,7 +223,7 @@ class _Calls:
         self.gaps.append(best - scores.gather(-1, given[..., None]).squeeze(-1))
         self.done += n
         read = ask.step.read.expand(len(given), -1)
-        sure = chance(filtered, given)
+        sure = filtered.softmax(dim=-1).gather(-1, given[..., None]).squeeze(-1)
         return {"ids": given.gather(1, read), CONFIDENCE: sure.gather(1, read)}
 
 

@@ -15,24 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkit.devices import sent
 from varkit.nn.linear import Linear
-from varkit.nn.neighbourhood import Tiles, worth_tiles
+from varkit.nn.neighbourhood import Strips, Tiles, fastest
 from varkit.plans.step import Step
 from varkit.plans.visibility import Apart, Neighbourhood, Own, own_mask
+
+Mask = Tensor | Strips | Tiles | None
 
 
 @dataclass(frozen=True)
 class View:
     """Keys and values that a group of heads, or a run of queries, attends to.
 
-    k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible, or the tiles to attend by; None
-    sees all. heads: the query heads it serves, as a slice or their numbers; None = all. queries: how many it serves,
-    behind those of the views before it, with all heads; None = all.
+    k, v: (N, Hkv, S, E). mask: bool, broadcastable to (N, H, L, S), True = visible, or strips or tiles to attend by;
+    None sees all. heads: the query heads it serves, as a slice or their numbers; None = all. queries: how many it
+    serves, behind those of the views before it, with all heads; None = all.
     """
 
     k: Tensor
     v: Tensor
-    mask: Tensor | Tiles | None = None
+    mask: Mask = None
     heads: slice | Tensor | None = None
     queries: int | None = None
 
@@ -79,16 +82,16 @@ class Packed:
         self.own, self.branches = own, branches
         self.counts = None if valid is None else valid.sum(1).repeat(branches)
         self.lengths: tuple[int, ...] | None = None
-        self.masks: list[Tensor | Tiles | None]
+        self.mask: Tensor | None = None
+        self.masks: list[Mask] = []  # of each run apart; made where it is known on which device
         if isinstance(own, Apart) and valid is None:
             self.lengths = own.lengths
-            self.masks = [_visible(within, n) for n, within in own.runs]
             return
         mask = own.mask() if isinstance(own, Apart) else own
         if valid is not None:
             seen = valid[:, None, :]
             mask = seen if mask is None else mask & seen
-        self.masks = [self._per_branch(mask)]
+        self.mask = self._per_branch(mask)
 
     @classmethod
     def of(cls, step: Step, branches: int = 1) -> "Packed":
@@ -99,19 +102,21 @@ class Packed:
         return cls(own if isinstance(own, Apart) else own_mask(own, length), step.feed.valid, branches)
 
     def views(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Sequence[View]:
-        self.masks = [m if m is None else m.to(q.device) for m in self.masks]
         if self.lengths is None:
-            return [View(k, v, self.masks[0])]
+            self.mask = None if self.mask is None else sent(self.mask, q.device)
+            return [View(k, v, self.mask)]
+        if not self.masks:
+            self.masks = [_visible(within, n, q.device) for n, within in self.own.runs]  # type: ignore[union-attr]
         runs = zip(k.split(self.lengths, dim=2), v.split(self.lengths, dim=2), self.masks, strict=True)
         return [View(*run, queries=run[0].shape[2]) for run in runs]
 
     def carry(self, layer: int, x: Tensor, scan: Scan) -> Tensor:
-        return scan(x, None, None if self.counts is None else self.counts.to(x.device))[0]
+        return scan(x, None, None if self.counts is None else sent(self.counts, x.device))[0]
 
     def narrow(self, hidden: Tensor, ids: Tensor) -> "Packed":
-        mask = self.masks[0] if self.lengths is None else self.own.mask()  # type: ignore[union-attr]
+        mask = self.mask if self.lengths is None else self.own.mask()  # type: ignore[union-attr]
         narrow = Packed(None)
-        narrow.masks = [narrowed(mask, hidden, ids, ids)]  # type: ignore[arg-type]
+        narrow.mask = narrowed(mask, hidden, ids, ids)
         narrow.counts = self.counts
         return narrow
 
@@ -120,9 +125,12 @@ class Packed:
         return mask if mask is None or mask.ndim == 2 else mask[:, None].repeat(self.branches, 1, 1, 1)
 
 
-def _visible(own: Own, length: int) -> Tensor | Tiles | None:
-    """How a run is attended to: by tiles in a large neighbourhood, else under its mask."""
-    return Tiles.of(own) if isinstance(own, Neighbourhood) and worth_tiles(own) else own_mask(own, length)
+def _visible(own: Own, length: int, device: torch.device) -> Mask:
+    """How a run is attended to on a device."""
+    if isinstance(own, Neighbourhood):
+        return fastest(own, device)
+    mask = own_mask(own, length)
+    return None if mask is None else sent(mask, device)
 
 
 def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
@@ -132,12 +140,12 @@ def narrowed(mask: Tensor | None, hidden: Tensor, keys: Tensor, queries: Tensor)
     sees itself, so that no query is left without a key.
     """
     rows, device = len(hidden), hidden.device
-    keys, queries = (torch.atleast_2d(ids.to(device)) for ids in (keys, queries))
+    keys, queries = (torch.atleast_2d(sent(ids, device)) for ids in (keys, queries))
     keys, queries = (ids if len(ids) == 1 else ids.repeat(rows // len(ids), 1) for ids in (keys, queries))
     index = keys.clamp(0, hidden.shape[1] - 1).expand(rows, -1)
     unseen = hidden.gather(1, index) & (keys < hidden.shape[1])
     seen = (~unseen[:, None] | (keys[:, None] == queries[..., None]))[:, None]
-    return seen if mask is None else seen & mask.to(device)
+    return seen if mask is None else seen & sent(mask, device)
 
 
 def attend(q: Tensor, views: Sequence[View], scale: float | None = None, dropout: float = 0.0) -> Tensor:
@@ -166,8 +174,8 @@ def _attend_runs(q: Tensor, views: Sequence[View], scale: float | None, dropout:
 
 
 def _attend_view(q: Tensor, view: View, scale: float | None, dropout: float) -> Tensor:
-    if isinstance(view.mask, Tiles):
-        return view.mask.apply(q, view.k, view.v, partial(_attend_tiles, scale=scale, dropout=dropout))
+    if isinstance(view.mask, Strips | Tiles):
+        return view.mask.apply(q, view.k, view.v, partial(_attend_part, scale=scale, dropout=dropout))
     shared = q.shape[1] != view.k.shape[1]
     if not shared and not dropout and _slow_backward(q, view):
         return _PlainAttention.apply(q, view.k, view.v, view.mask, scale)
@@ -176,7 +184,7 @@ def _attend_view(q: Tensor, view: View, scale: float | None, dropout: float) -> 
     )
 
 
-def _attend_tiles(
+def _attend_part(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float
 ) -> Tensor:
     return _attend_view(q, View(k, v, mask), scale, dropout)

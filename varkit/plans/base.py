@@ -25,12 +25,11 @@ class Plan(ABC):
     """The order in which a generator feeds and settles positions.
 
     slots: cache addresses in all, or None when unbounded. segments: names of the sequence's parts, indexed by
-    `Slots.segment`. by_confidence: `settle` wants to know how sure the sampler is of what it chose.
+    `Slots.segment`.
     """
 
     slots: int | None = None
     segments: tuple[str, ...] = ("target",)
-    by_confidence: bool = False
 
     @abstractmethod
     def next_step(self, state: "State") -> Step | None:
@@ -39,6 +38,10 @@ class Plan(ABC):
     @abstractmethod
     def finished(self, state: "State") -> Tensor:
         """(B,) bool: samples for which no step is left."""
+
+    def by_confidence(self, step: Step) -> bool:
+        """Whether `settle` wants to know how sure the sampler is of what it chooses at the step."""
+        return False
 
     def settle(self, step: Step, values: Mapping[str, Tensor], state: "State") -> Step:
         """The step, with `reveal` as what was drawn, values (B, T, ...), decides: for orders that commit what is sure.

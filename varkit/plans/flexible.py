@@ -28,6 +28,8 @@ PUBLISHED: dict[int, tuple[int, ...]] = {
 """Schedules for 256 pixels, by their number of steps."""
 
 PUBLISHED_512 = (*range(1, 11), 12, 14, 16, 23, 32)
+"""The schedule for 512 pixels, from a model of 256."""
+
 GROWTH = 1.45
 """By how much sides grow at most from one scale to the next, beyond the trained size (23 / 16 is published)."""
 
@@ -61,6 +63,8 @@ def spread(steps: int, last: int) -> tuple[int, ...]:
         )
     if last == PUBLISHED[10][-1] and steps in PUBLISHED:
         return PUBLISHED[steps]
+    if (steps, last) == (len(PUBLISHED_512), PUBLISHED_512[-1]):
+        return PUBLISHED_512
     sides = [1]
     for k in range(1, steps):
         wanted = round(last ** (k / (steps - 1)))
@@ -83,10 +87,13 @@ def sides_of(text: str) -> tuple[Side, ...]:
 class FlexibleScalesConfig(ScalesConfig):
     """`schedule` is the default; any other may take its place. seen: sides that the generator was trained with.
 
-    seen is empty where nobody knows: then all sides up to the default's longest count as seen.
+    seen is empty where nobody knows: then all sides up to the default's longest count as seen. greedy_unseen: scales of
+    other sides take the likeliest codes. clamp: guidance that rises ends where it was told to (see `ramp`).
     """
 
     seen: tuple[int, ...] = ()
+    greedy_unseen: bool = True
+    clamp: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,8 +119,13 @@ class FlexibleScalesConfig(ScalesConfig):
         return self.over(proportional(spread(steps, max(last)), last))
 
     def to_grid(self, last: tuple[int, int]) -> "FlexibleScalesConfig":
-        """The order up to another finest grid (h, w): the sides that fit, then larger ones step by step."""
+        """The order up to another finest grid (h, w): the sides that fit, then larger ones step by step.
+
+        From the trained size of the released models to twice that, it is the published one.
+        """
         longest = max(last)
+        if (self.trained, longest) == (PUBLISHED[10][-1], PUBLISHED_512[-1]):
+            return self.over(proportional(PUBLISHED_512, last))
         sides = [max(side) for side in Schedule.parse(self.schedule).sides]
         kept = sorted({side for side in sides if side < longest})
         if longest <= max(sides):
@@ -123,7 +135,7 @@ class FlexibleScalesConfig(ScalesConfig):
         return self.over(proportional([*kept, *grown], last))
 
     def unseen(self) -> tuple[bool, ...]:
-        """Which of the schedule's scales have a side that training never drew."""
+        """Which of the schedule's scales have a side, height or width, that training never drew."""
         known = self.known
         return tuple(h not in known or w not in known for h, w in Schedule.parse(self.schedule).sides)
 

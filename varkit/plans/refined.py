@@ -70,7 +70,6 @@ class RefinedPlan(Plan):
         self.scales, self.schedule, self.slots = scales, scales.schedule, scales.slots
         self.counts, self.guided, self.noise = counts, guided, noise
         self.order = [(level, turn) for level, own in enumerate(counts) for turn in range(len(own))]
-        self.by_confidence = any(len(own) > 1 for own in counts)
         self._whole = scales.training_step()
         self._commits = torch.tensor([counts[level][turn] for level, turn in self.order])
         self._levels = torch.tensor([level for level, _ in self.order])
@@ -134,10 +133,19 @@ class RefinedPlan(Plan):
             carries=False,
         )
 
+    def by_confidence(self, step: Step) -> bool:
+        """Where some of the targets are left to later steps of their level."""
+        return not bool((step.reveal | (step.target < 0)).all())
+
     def settle(self, step: Step, values: Mapping[str, Tensor], state: "State") -> Step:
-        at = state.cursor.clamp(max=len(self.order) - 1)
-        if CONFIDENCE not in values or bool((self._last[at] == 0).all()):
+        if not self.by_confidence(step):
             return step
+        if CONFIDENCE not in values:
+            raise UserError(
+                f"refinement commits what is surest, but the step's values are {', '.join(values)}; let the sampler "
+                f"add {CONFIDENCE!r}, the probability of each choice, where it is asked for, or refine no scale"
+            )
+        at = state.cursor.clamp(max=len(self.order) - 1)
         sure = values[CONFIDENCE].cpu().double().clamp(min=1e-300).log()
         if self.noise:
             rest = 1 - self._turns[at] / self._last[at].clamp(min=1)
@@ -178,6 +186,10 @@ class RefinedConfig(ScalesConfig):
         if self.history != 0:
             raise UserError(
                 f"history {self.history} does not go with refinement, whose scales see none; use 0"
+            )
+        if self.windows is not None:
+            raise UserError(
+                f"{self.windows} does not go with refinement, whose masked steps see whole scales; leave windows out"
             )
         if not 0 <= self.noise < float("inf"):
             raise UserError(f"noise {self.noise} of the confidence is below 0; use 0 for none, or e.g. 1")

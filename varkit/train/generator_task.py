@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from varkit.devices import device_of, placed
 from varkit.generators.base import Generator
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
@@ -110,6 +111,7 @@ class NextStepTask(Task):
         for start in range(0, min(512, len(self.held_out)), 64):
             rows = np.arange(start, min(start + 64, len(self.held_out)))
             latents, condition = self._take(self.held_out, rows)
+            condition = placed(condition, device_of(self.objective.generator))
             losses.append(self.objective.losses(self.lessons.lesson(latents), condition))
             if isinstance(self.lessons, HeldOutLessons):
                 for name, lesson in self.lessons.held_out(latents).items():

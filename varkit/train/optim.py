@@ -137,11 +137,12 @@ class EMA:
         """Take the module's present weights in."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        for name, value in self.module.state_dict().items():
-            if name in self.averaged:
-                self.weights[name].lerp_(value, 1 - decay)
-            else:
-                self.weights[name].copy_(value)
+        live = self.module.state_dict()
+        averaged = [name for name in live if name in self.averaged]
+        # At once: on an accelerator each call costs as much as the arithmetic of many.
+        torch._foreach_lerp_([self.weights[n] for n in averaged], [live[n] for n in averaged], 1 - decay)
+        for name in live.keys() - self.averaged:
+            self.weights[name].copy_(live[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from varkit.data.base import Dataset
+from varkit.devices import AUTO, find_device
 from varkit.errors import UserError
 from varkit.files import StrPath, write_json
 from varkit.hub.config import to_json
@@ -48,7 +49,8 @@ class Request:
 
     compile: compile blocks and losses first, which pays off in longer trainings. accumulation: micro-batches that each
     batch is split into; several processes share them. shard: processes hold one copy of the generator together. start:
-    the folder of a trained model whose tokenizer is used and whose generator and heads are trained further.
+    the folder of a trained model whose tokenizer is used and whose generator and heads are trained further. device: as
+    `varkit.devices.find_device` knows it.
     """
 
     recipe: str
@@ -60,6 +62,7 @@ class Request:
     accumulation: int = 1
     shard: bool = False
     start: str | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
@@ -89,6 +92,18 @@ class Request:
             config = replace(config, steps=None, minutes=self.minutes * share)
         return replace(config, seed=self.seed, compile=self.compile, accumulation=self.accumulation)
 
+    @property
+    def place(self) -> torch.device:
+        """The device. Raises `UserError` for one that is not there, or for several processes beside a CPU."""
+        if current().world > 1 and self.device == AUTO:
+            return torch.device("cpu")
+        device = find_device(self.device)
+        if current().world > 1 and device.type != "cpu":
+            raise UserError(
+                f"several processes train on CPUs, not on {self.device!r}; use --device cpu, or one process"
+            )
+        return device
+
     def micro_batch(self, batch_size: int) -> int:
         """Pictures of a micro-batch."""
         if batch_size % self.accumulation:
@@ -110,6 +125,8 @@ def train_recipe(
         check_run(root, request, resume)
     trained = request.tokenizer or request.start
     given = _given_tokenizer(trained, type(recipe.tokenizer.config)) if trained else None
+    if isinstance(given, nn.Module):
+        given.to(request.place)
     say = begin(root, request, resume, say)
     share = 0.0 if given or recipe.tokenizer.train is None else recipe.tokenizer.share
     tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
@@ -187,7 +204,7 @@ def check_run(out: StrPath, request: Request, resume: bool) -> None:
         changed = [
             f"{k} (was {before.get(k)!r}, now {v!r})"
             for k, v in asked.items()
-            if k not in ("steps", "shard") and before.get(k) != v
+            if k not in ("steps", "shard", "device") and before.get(k) != v
         ]
         if changed:
             raise UserError(
@@ -241,6 +258,8 @@ def _train_tokenizer(
 ) -> Tokenizer:
     part = recipe.tokenizer
     tokenizer = part.config.build()
+    if isinstance(tokenizer, nn.Module):
+        tokenizer.to(request.place)
     if part.train is None:
         return tokenizer
     assert isinstance(tokenizer, QuantizedTokenizer | KL), "nothing to learn here; the recipe says train=None"
@@ -284,7 +303,7 @@ def _train_generator(
     def assembled() -> Pipeline:
         torch.manual_seed(request.seed + 1)
         parts = {"tokenizer": tokenizer} | {name: config.build() for name, config in configs.items()}
-        return Pipeline(parts, {"tokenizer": tokenizer.config} | configs, part.settings)
+        return Pipeline(parts, {"tokenizer": tokenizer.config} | configs, part.settings).to(request.place)
 
     pipeline = assembled()
     if request.start is not None:

@@ -57,7 +57,7 @@ class ScheduleSampler:
 
     @classmethod
     def published(cls, compat: bool = False) -> "ScheduleSampler":
-        """For 256 pixels at stride 16."""
+        """For 256 pixels at stride 16. compat: as released, where the paper keeps the last scale."""
         return cls(16, 10, early=5, late=2, usual=PUBLISHED[10], limit=680, compat=compat)
 
     @classmethod
@@ -72,6 +72,11 @@ class ScheduleSampler:
             )
         last = schedule[-1]
         return cls(last, last - 1, early=len(schedule) - 3, late=0, usual=tuple(schedule))
+
+    @classmethod
+    def fitting(cls, schedule: Sequence[int], compat: bool = False) -> "ScheduleSampler":
+        """The published one for a schedule that was published for 256 pixels, otherwise `small`."""
+        return cls.published(compat) if tuple(schedule) in PUBLISHED.values() else cls.small(schedule)
 
     def draw(self, generator: torch.Generator | None = None) -> tuple[int, ...]:
         """The sides of one schedule; from torch's own generator by default."""
@@ -103,7 +108,9 @@ class ScheduleSampler:
 class ScheduleLessons:
     """Teacher forcing over a schedule drawn for each step, uniform over its positions.
 
-    Held-out losses are measured on the plan's own schedule, and on each of `others`.
+    Without a sampler the plan's schedule tells one (`ScheduleSampler.fitting`; compat is for it). Held-out losses are
+    measured on the plan's own schedule, and on each of `others` that ends at the same finest side. Raises `UserError`
+    for a plan over grids that are not the tokenizer's.
     """
 
     def __init__(
@@ -112,12 +119,15 @@ class ScheduleLessons:
         plan: ScalePlan,
         sampler: ScheduleSampler | None = None,
         others: Sequence[tuple[int, ...]] = (),
+        compat: bool = False,
     ) -> None:
         self.tokenizer, self.plan = tokenizer, plan
-        self.sampler = sampler or ScheduleSampler.small([max(side) for side in plan.schedule.sides])
-        self.others = tuple(others)
+        own = [max(side) for side in plan.schedule.sides]
+        self.sampler = sampler or ScheduleSampler.fitting(own, compat)
+        self.others = tuple(sides for sides in others if sides[-1] == own[-1])
         self.settings: dict[str, Any] = {"kind": type(self).__name__, **asdict(self.sampler)}
         self._planned = lru_cache(maxsize=64)(self._plan_of)
+        self._planned(plan.schedule.sides)
 
     def lesson(self, latents: Latents, step: int | None = None) -> Lesson:
         """Over a schedule drawn from torch's generator; with no step, over the plan's own."""
@@ -140,7 +150,17 @@ class ScheduleLessons:
         return Lesson(canvas, step, canvas.latents(), plan.schedule.total)
 
     def _plan_of(self, sides: tuple[Side, ...]) -> tuple[ScalePlan, Step, Tensor]:
-        """The plan over these grids, all its steps, and where its ids lie among those of all grids."""
+        """The plan over these grids, all its steps, and where its ids lie among those of all grids.
+
+        Raises `UserError` for a grid that pictures are not encoded at.
+        """
         plan, every = FlexibleScalesConfig(sides).build(), self.tokenizer.every
+        for h, w in plan.schedule.sides:
+            if (h, w) not in every.sides:
+                (h1, w1) = every.last
+                raise UserError(
+                    f"a schedule with the grid {h}x{w} cannot be taught by a tokenizer of maps up to {h1}x{w1}; "
+                    "train the model in its tokenizer's schedule"
+                )
         levels = [every.sides.index(side) for side in plan.schedule.sides]
         return plan, plan.training_step(), torch.cat([every.positions(level) for level in levels])

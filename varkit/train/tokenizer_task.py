@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from varkit.data.base import Dataset
+from varkit.devices import device_of
 from varkit.evaluate.reconstruction import psnr
 from varkit.pictures import grid, to_pil, to_tensor
 from varkit.tokenizers.codebook import CodebookKeeper
@@ -53,7 +54,8 @@ class ReconstructionTask(Task):
             )
         self._outputs: dict[str, Tensor] = {}
         if isinstance(tokenizer, QuantizedTokenizer):
-            tokenizer.initialize_codebook(self.batch(0, 0), torch.Generator().manual_seed(seed))
+            first = self.batch(0, 0).to(device_of(tokenizer))
+            tokenizer.initialize_codebook(first, torch.Generator().manual_seed(seed))
 
     @property
     def side(self) -> tuple[int, int]:
@@ -126,7 +128,7 @@ class ReconstructionTask(Task):
         count = count if source.size is None else min(count, source.size)
         for start in range(0, count, 32):
             rows = list(range(start, min(count, start + 32)))
-            yield to_tensor(source.batch(rows, self.side).images)
+            yield to_tensor(source.batch(rows, self.side).images).to(device_of(self.tokenizer))
 
 
 class DecoderTask(ReconstructionTask):

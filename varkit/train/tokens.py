@@ -12,13 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from varkit.data.base import Dataset
+from varkit.data.ahead import made_ahead
+from varkit.data.base import Batch, Dataset
+from varkit.devices import device_of, workers_for
 from varkit.files import atomic_folder
 from varkit.pictures import to_tensor
 from varkit.tokenizers.base import Latents, Tokenizer
 
 Progress = Callable[[int, int], None]
 LABELS = "labels"
+CHUNK = 64
+"""Pictures encoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,24 @@ def encode(
     """Encode `count` items (going round a finite set, with new crops each time) into `folder`, unless it is there."""
     if folder.exists():
         return Tokens.load(folder)
-    side, size = tokenizer.image_size(), dataset.size
+    side, size, device = tokenizer.image_size(), dataset.size, device_of(tokenizer)
     labels, captions = [], []
+
+    def drawn(start: int) -> Batch:
+        numbers = np.arange(start, min(count, start + CHUNK))
+        rows = numbers if size is None else numbers % size
+        return dataset.batch(rows.tolist(), side, np.random.default_rng([seed, start]).random((len(rows), 2)))
+
+    # Finite sets count what they skip, which is told at the end, so they are read here.
+    batches = made_ahead(drawn, range(0, count, CHUNK), workers_for(device) if size is None else 0)
     with atomic_folder(folder) as temporary:
         # Straight to disk: small arrays kept between the large temporaries of each batch would tear the heap to
         # pieces (gigabytes for 100,000 pictures).
         files: dict[str, np.memmap] = {}
-        for start in range(0, count, 64):
-            numbers = np.arange(start, min(count, start + 64))
-            rows = numbers if size is None else numbers % size
-            crops = np.random.default_rng([seed, start]).random((len(rows), 2))
-            batch = dataset.batch(rows.tolist(), side, crops)
-            for name, t in tokenizer.training_latents(to_tensor(batch.images)).items():
-                values = (t.int() if t.dtype == torch.int64 else t).numpy()
+        for start, batch in zip(range(0, count, CHUNK), batches, strict=True):
+            numbers = np.arange(start, start + len(batch.images))
+            for name, t in tokenizer.training_latents(to_tensor(batch.images).to(device)).items():
+                values = (t.int() if t.dtype == torch.int64 else t).cpu().numpy()
                 if name not in files:
                     files[name] = np.lib.format.open_memmap(
                         temporary / f"{name}.npy", "w+", values.dtype, (count, *values.shape[1:])
@@ -87,7 +96,7 @@ def encode(
             if batch.captions is not None:
                 captions.extend(batch.captions)
             if progress is not None:
-                progress(min(count, start + 64), count)
+                progress(start + len(batch.images), count)
         for values in files.values():
             values.flush()
         if labels:

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
@@ -23,8 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varkit.data.ahead import made_ahead
+from varkit.devices import placed, workers_for
 from varkit.errors import UserError
 from varkit.ranks import Ranks, current
+from varkit.train.casting import in_dtype
+from varkit.train.muon import StackedMuon
 from varkit.train.optim import EMA, NamedOptimizer, cosine, in_block, lr_factor
 from varkit.train.runs import Checkpoint
 from varkit.train.sharding import GatheringMuon, check_shardable, like, shard
@@ -65,7 +69,8 @@ class Trainer:
     """The tensors of a run, and one step of it.
 
     Of all `ranks`, `holders` hold one copy of the weights together, and `replicas` hold the same part: all ranks are
-    replicas, or all are holders when the run is `sharded`.
+    replicas, or all are holders when the run is `sharded`. Training happens on the device that the task's modules are
+    on; beside an accelerator, other processes make the batches to come.
     """
 
     def __init__(self, task: Task, config: TrainConfig, sharded: bool = False) -> None:
@@ -75,6 +80,8 @@ class Trainer:
         self.own = self.ranks.share(config.accumulation)
         self.holders, self.replicas = (self.ranks, Ranks()) if sharded else (Ranks(), self.ranks)
         self.model = nn.ModuleDict(dict(task.modules)).train()
+        self.device = next(self.model.parameters()).device
+        self.batches = Batches(task, config.seed, self.own, workers_for(self.device))
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = getattr(torch, config.dtype)
@@ -147,8 +154,7 @@ class Trainer:
 
     def _micro(self, micro: int, phases: list[Phase], sums: Counters) -> bool:
         """Add one micro-batch's gradients and metrics; whether all losses were finite."""
-        seed_torch(self.config.seed, self.at.step, "batch", micro)
-        batch = self.task.batch(self.at.step, micro)
+        batch = placed(self.batches.take(self.at.step, micro), self.device)
         for phase in phases:
             metrics = self._backward(phase, batch, micro)
             if metrics is None:
@@ -199,7 +205,8 @@ class Trainer:
             raise UserError(f"phase {phase.name!r} has no parameter to train in {', '.join(phase.parts)}")
         decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
         matrices = in_block if self.config.optimizer == "muon" else None
-        muon = GatheringMuon if self.holders.world > 1 else torch.optim.Muon
+        muon = torch.optim.Muon if self.device.type == "cpu" else StackedMuon
+        muon = GatheringMuon if self.holders.world > 1 else muon
         return NamedOptimizer(
             parameters, phase.decays, decay, phase.betas or self.config.betas, matrices, muon
         )
@@ -250,6 +257,28 @@ class Trainer:
         self.task.load_state(tensors["task"])
 
 
+class Batches:
+    """A task's micro-batches: those of this rank, `own`, of one step after the other."""
+
+    def __init__(self, task: Task, seed: int, own: Sequence[int], workers: int = 0) -> None:
+        self.task, self.seed, self.own, self.workers = task, seed, own, workers
+        self._next, self._coming = -1, iter(())
+
+    def take(self, step: int, micro: int) -> Any:
+        """One micro-batch; each that does not follow the one before begins anew with what is made ahead."""
+        number = step * len(self.own) + self.own.index(micro)
+        if number != self._next:
+            self._coming = made_ahead(self._make, range(number, 2**62), self.workers)
+        self._next = number + 1
+        return next(self._coming)
+
+    def _make(self, number: int) -> Any:
+        step, place = divmod(number, len(self.own))
+        micro = self.own[place]
+        seed_torch(self.seed, step, "batch", micro)
+        return self.task.batch(step, micro)
+
+
 class _Loss(nn.Module):
     """A task's calls as a module's, which is what lets all its parts' parameters be exchanged at once."""
 
@@ -266,11 +295,14 @@ class _Loss(nn.Module):
         if dtype == torch.float32:
             loss, metrics = self(*args)
             return loss.float(), metrics
-        cast = {
-            f"model.{name}": p.to(dtype)
-            for name, p in self.model.named_parameters()
-            if p.is_floating_point() and not self.task.keeps_float32(name)
-        }
+        cast = in_dtype(
+            {
+                f"model.{name}": p
+                for name, p in self.model.named_parameters()
+                if p.is_floating_point() and not self.task.keeps_float32(name)
+            },
+            dtype,
+        )
         loss, metrics = torch.func.functional_call(self, cast, args)
         return loss.float(), metrics
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from varkit.devices import sent
 from varkit.nn.attention import Carry, Scan
 from varkit.plans.step import Step
 
@@ -67,7 +68,7 @@ class Carried:
         for span, after in zip(self._spans, self._after, strict=True):
             index, counts = span.index, span.counts(x)
             assert index is not None
-            index = index.to(x.device)[..., None].expand(len(x), -1, x.shape[-1])
+            index = sent(index, x.device)[..., None].expand(len(x), -1, x.shape[-1])
             piece, carry = scan(x.gather(1, index), carry, counts)
             if counts is not None:  # what lies behind a row's slots means nothing
                 real = torch.arange(piece.shape[1], device=x.device) < counts[:, None]
@@ -111,7 +112,8 @@ class Carried:
             rows = torch.cat([rows + branch * len(at) for branch in range(self.branches)])
             for n, carry in moment.layers.items():
                 for k, t in carry.items():
-                    layers[n][k][rows.to(t.device)] = t[rows.to(t.device)]
+                    at_rows = sent(rows, t.device)
+                    layers[n][k][at_rows] = t[at_rows]
         self.moments = [Moment(at, layers)]
         return at
 
@@ -165,7 +167,7 @@ class _Span:
     lengths: Tensor | None = None
 
     def counts(self, x: Tensor) -> Tensor | None:
-        return None if self.lengths is None else self.lengths.to(x.device)
+        return None if self.lengths is None else sent(self.lengths, x.device)
 
 
 def _spans(step: Step, branches: int) -> list[_Span]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.carried import Carried
+from varkit.devices import sent, sent_once
 from varkit.nn.attention import Packed, Scan, View, narrowed
 from varkit.plans.step import Step
 
@@ -78,8 +79,8 @@ class FullCache(Cache):
         assert self._step is not None, "views() outside a step"
         if self._alone is not None:
             return self._alone.views(layer, q, k, v)
-        if self._mask is not None and self._mask.device != q.device:
-            self._mask = self._mask.to(q.device)
+        if self._mask is not None:
+            self._mask = sent(self._mask, q.device)
         if not self._step.writes and self._held == 0:
             return [View(k, v, self._mask)]
         keys, values = self._storage(layer, k)
@@ -99,7 +100,8 @@ class FullCache(Cache):
         if self._alone is not None:
             self._alone = self._alone.narrow(hidden, ids)
             return self
-        past = torch.arange(self._held).expand(*ids.shape[:-1], -1)
+        ids = sent_once(ids, hidden.device)
+        past = torch.arange(self._held, device=ids.device).expand(*ids.shape[:-1], -1)
         self._mask = narrowed(self._mask, hidden, torch.cat([past, ids], dim=-1), ids)
         return self
 
@@ -187,13 +189,14 @@ class FullCache(Cache):
     def _write(self, storage: Tensor, own: Tensor) -> None:
         """storage (N, H, S, E) at the step's slots <- own (N, H, L, E), skipping padding."""
         assert self._step is not None
-        ids = self._step.feed.ids.to(storage.device)
+        ids, device = self._step.feed.ids, storage.device
         if ids.ndim == 1:
-            storage[:, :, ids] = own
+            storage[:, :, sent_once(ids, device)] = own
             return
         ids = ids.repeat(self.branches, 1)
-        rows, columns = (ids >= 0).nonzero(as_tuple=True)
-        storage[rows, :, ids[rows, columns]] = own[rows, :, columns]
+        rows, columns = (ids >= 0).nonzero(as_tuple=True)  # on the CPU: a device would have to tell how many
+        at, places, here = (sent(t, device) for t in (rows, ids[rows, columns], columns))
+        storage[at, :, places] = own[at, :, here]
 
     def _stamp(self, ids: Tensor) -> None:
         wanted = ids.expand(self.batch, -1)

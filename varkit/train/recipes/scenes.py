@@ -57,11 +57,11 @@ def scenes() -> Recipe:
         tokenizer,
         GeneratorRecipe(
             generator,
-            replace(GENERATOR_TRAIN, steps=36_000, lr=1.5e-3),
-            batch_size=32,
-            pictures=384_000,
+            replace(GENERATOR_TRAIN, steps=3523, lr=2.5e-3),
+            batch_size=256,
+            pictures=400_000,
             teach=partial(WholePlan, step_power=0.5),
-            settings=Settings(ramp=True, guidance=2.5, top_p=0.95),
+            settings=Settings(guidance=4.0, ramp=True, temperature=(1.0, 1.0, 1.0, 0.8, 0.5, 0.2), top_p=0.95),
         ),
     )
 
