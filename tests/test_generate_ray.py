@@ -46,7 +46,7 @@ def test_the_workers_draw_the_pictures_of_one_process(class_model: Path, tmp_pat
 
 def test_an_interrupted_run_goes_on_without_drawing_anything_twice(class_model: Path, tmp_path: Path):
     """Interrupted as by Ctrl-C in a terminal, which every process of the run hears."""
-    count = 2000
+    count = 400
     prompts, out = labels(tmp_path, count), tmp_path / "ray"
     command = ("generate", "--model", class_model, "--prompts", prompts, "--out", out, "--ray", "local")
     process = start(*command, cwd=tmp_path)
