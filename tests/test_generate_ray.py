@@ -50,7 +50,8 @@ def test_an_interrupted_run_goes_on_without_drawing_anything_twice(class_model: 
     prompts, out = labels(tmp_path, count), tmp_path / "ray"
     command = ("generate", "--model", class_model, "--prompts", prompts, "--out", out, "--ray", "local")
     process = start(*command, cwd=tmp_path)
-    wait_until(lambda: any(out.glob("*.png")), process)
+    # a picture half written has a name that begins with a dot
+    wait_until(lambda: any(not path.name.startswith(".") for path in out.glob("*.png")), process)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
