@@ -264,10 +264,14 @@ def test_two_settings_are_compared(visit, keep):
     expect(status(page, "compare")).to_have_text("Done.", timeout=WAIT)
     for side in "ab":
         expect(page.locator(f"#compare-cost-{side}")).to_contain_text("6 passes")
-    (a,), (b,) = pictures(page, "compare-a"), pictures(page, "compare-b")
-    assert alike(a, load("scenes").generate("a purple diamond")[0])
-    assert alike(b, load("scenes").generate("a purple diamond", guidance=1)[0])
-    assert not alike(a, b)
+    expected = [load("scenes").generate("a purple diamond", **given)[0] for given in ({}, {"guidance": 1})]
+    # The last frame is on the page a moment after the line says so.
+    for _ in range(50):
+        (a,), (b,) = pictures(page, "compare-a"), pictures(page, "compare-b")
+        if alike(b, expected[1]):
+            break
+        page.wait_for_timeout(100)
+    assert alike(a, expected[0]) and alike(b, expected[1]) and not alike(a, b)
     keep(page, "compare")
 
 
