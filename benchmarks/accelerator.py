@@ -16,7 +16,6 @@ import datetime
 import json
 import math
 import platform
-import statistics
 import time
 import traceback
 from collections import Counter
@@ -29,12 +28,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
+from device_clock import ENOUGH, seconds_of, wait, warm
+from flex_attention import MASKS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from varkit.bench.machine import Limits
-from varkit.bench.measure import any_condition
+from varkit.bench.measure import any_condition, charged
 from varkit.bench.parts import Parts
 from varkit.bench.sizes import SIZES
 from varkit.bench.work import Product, Work
@@ -44,24 +44,14 @@ from varkit.draws import Draws
 from varkit.hardware import hardware
 from varkit.hub.graphed import graphed
 from varkit.hub.pipeline import Pipeline
-from varkit.nn.attention import View, attend
-from varkit.nn.neighbourhood import Tiles
 from varkit.plans.masked import MaskedConfig
-from varkit.plans.visibility import Neighbourhood, own_mask
 from varkit.tokenizers.conv import ConvConfig
 
 WORKS = ("var-d16", "infinity-125m", "llamagen-b", "mar-base")
-ROUNDS = 5
-ENOUGH = 2.0
-"""Seconds of runs after which no further round is taken."""
-
 INITIALISERS = (
     "trunc_normal_", "normal_", "xavier_uniform_", "kaiming_uniform_", "kaiming_normal_", "uniform_",
 )  # fmt: skip
 """Of `torch.nn.init`: what they draw on the CPU is drawn anew on the device."""
-
-WINDOW = 7
-"""Of the neighbourhoods (arXiv 2505.12742)."""
 
 
 def main() -> None:
@@ -116,31 +106,6 @@ def facts(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(function: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """The median over rounds, or over as many as `ENOUGH` allows. The caller has warmed up."""
-    times: list[float] = []
-    while len(times) < rounds and (not times or sum(times) < ENOUGH):
-        wait(device)
-        start = time.perf_counter()
-        function()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def warm(function: Callable[[], object], device: torch.device, rounds: int = 20) -> float:
-    """Seconds, after some to warm up."""
-    for _ in range(3):
-        function()
-    return seconds_of(function, device, rounds)
 
 
 @torch.no_grad()
@@ -277,25 +242,19 @@ class _Waiting(Parts):
 
 
 @contextmanager
-def charged(pipeline: Pipeline, parts: Parts) -> Iterator[Pipeline]:
-    """The pipeline with its parts charged for their time, draws included."""
-    wrapped: list[tuple[Any, str, str]] = [(pipeline.model.generator, "forward", "generator")]
-    wrapped += [(pipeline.generator, "prepare", "condition")]
-    wrapped += [(head, "sample", "head") for head in pipeline.model.heads.values()]
-    with ExitStack() as stack:
-        for owner, name, part in wrapped:
-            setattr(owner, name, parts.wrap(part, getattr(owner, name)))
-            stack.callback(delattr, owner, name)  # the class's own shows again
+def with_draws(pipeline: Pipeline, parts: Parts) -> Iterator[Pipeline]:
+    """The pipeline with its parts charged for their time, draws among them."""
+    with charged(pipeline, parts) as own, ExitStack() as stack:
         for name in ("uniform", "normal", "gumbel"):
             stack.enter_context(mock.patch.object(Draws, name, parts.wrap("draws", getattr(Draws, name))))
-        yield pipeline.using(wrap=lambda pick: parts.wrap("sampling", pick))
+        yield own
 
 
 def counted(pipeline: Pipeline, condition: dict[str, Tensor]) -> dict[str, Counter[Product]]:
     """The matrix work of a run, by part. A head's is counted once for each shape: a diffusion's is long."""
     parts = Parts()
     work = Work(lambda: parts.current)
-    with charged(pipeline, parts) as own, ExitStack() as stack:
+    with with_draws(pipeline, parts) as own, ExitStack() as stack:
         for head in own.model.heads.values():
             stack.enter_context(mock.patch.object(head, "sample", _once(head.sample, work)))
         with work:
@@ -328,7 +287,7 @@ def by_part(
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of each part for one picture, and the least time for its matrix work."""
     parts = _Waiting(device)
-    with charged(pipeline, parts) as own:
+    with with_draws(pipeline, parts) as own:
         parts.reset()
         state = run(own.model, _started(own, condition))
         with parts.of("decoder"):
@@ -355,95 +314,6 @@ def decoders(pipeline: Pipeline, state: State, device: torch.device) -> dict[str
     told["channels_last"] = warm(show, device, 5) / batch
     pipeline.tokenizer.to(memory_format=torch.contiguous_format)
     return told
-
-
-def packed_scales(device: torch.device, smoke: bool) -> dict[str, Any]:
-    """VAR's training sequence at 256 pixels: 680 tokens, each seeing its own scale and the coarser ones."""
-    sides = (1, 2, 4) if smoke else (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    level = torch.cat([torch.full((n * n,), i) for i, n in enumerate(sides)]).to(device)
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return level[q] >= level[k]
-
-    mask = level[:, None] >= level
-    return flex_against_dense(mask, sees, 2 if smoke else 32, 16, 64, device, {})
-
-
-def neighbourhoods(side: int, device: torch.device, smoke: bool) -> dict[str, Any]:
-    """A grid in which each token sees the 7 x 7 around it."""
-    side = 16 if smoke else side
-    area = Neighbourhood((side, side), WINDOW)
-    mask, tiles = own_mask(area, side * side), Tiles.of(area).to(device)
-    assert mask is not None
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        y = (q // side - WINDOW // 2).clamp(0, side - WINDOW)
-        x = (q % side - WINDOW // 2).clamp(0, side - WINDOW)
-        ky, kx = k // side, k % side
-        return (ky >= y) & (ky < y + WINDOW) & (kx >= x) & (kx < x + WINDOW)
-
-    def by_tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, [View(k, v, tiles)])
-
-    batch = 2 if smoke else max(1, 2**15 // side**2)
-    return flex_against_dense(mask.to(device), sees, batch, 16, 64, device, {"tiles": by_tiles})
-
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def flex_against_dense(
-    mask: Tensor, sees: Callable[..., Tensor], batch: int, heads: int, width: int, device: torch.device,
-    others: dict[str, Attention],
-) -> dict[str, Any]:  # fmt: skip
-    """Milliseconds forward, and with backward, of each way, and how far its output lies from the dense one's."""
-    length = len(mask)
-    shape = batch, heads, length, width
-    q, k, v, grad = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
-    ways: dict[str, Attention] = {
-        "dense": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-        "unmasked": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
-    } | others
-    told: dict[str, Any] = {"batch": batch, "heads": heads, "tokens": length, "width": width}
-    told["visible"] = mask.float().mean().item()
-    if device.type == "cuda":
-        start = time.perf_counter()
-        try:
-            ways["flex"] = _flex(sees, length, device)
-            ways["flex"](q, k, v)
-        except Exception as error:
-            traceback.print_exc()
-            told["flex_failed"] = f"{type(error).__name__}: {error}"[:300]
-            ways.pop("flex", None)
-        told["compiling"] = time.perf_counter() - start
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    expected = ways["dense"](*leaves).detach()
-    for name, way in ways.items():
-        with torch.no_grad():
-            forward = warm(partial(way, q, k, v), device)
-            gap = (way(q, k, v) - expected).float().norm() / expected.float().norm()
-        both = warm(partial(_trained, way, leaves, grad), device)
-        told[name] = {"forward_ms": 1e3 * forward, "training_ms": 1e3 * both, "gap": gap.item()}
-    return told
-
-
-def _trained(way: Attention, leaves: list[Tensor], grad: Tensor) -> None:
-    torch.autograd.grad(way(*leaves), leaves, grad)
-
-
-def _flex(sees: Callable[..., Tensor], length: int, device: torch.device) -> Attention:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    blocks = create_block_mask(sees, None, None, length, length, device=str(device))
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=blocks)  # type: ignore[return-value]
-
-
-MASKS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
-    "packed scales": packed_scales,
-    "7 x 7 of 32 x 32": partial(neighbourhoods, 32),
-    "7 x 7 of 64 x 64": partial(neighbourhoods, 64),
-}
 
 
 def _options() -> argparse.Namespace:

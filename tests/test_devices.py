@@ -1,5 +1,6 @@
 """Devices by name, batches made ahead in other processes, and what an accelerator is spared; on a CPU."""
 
+import sys
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -25,10 +26,7 @@ META = torch.device("meta")
 
 def test_names_of_devices() -> None:
     assert find_device("cpu") == torch.device("cpu")
-    there = (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    )
-    assert find_device().type == there.type  # type: ignore[union-attr]
+    assert find_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("abacus", "cuda:99", "xpu:99"):
         with pytest.raises(UserError, match=rf"--device '{name}' is .*; use cpu"):
             find_device(name)
@@ -62,7 +60,7 @@ def test_where_parts_are() -> None:
     assert device_of(nn.BatchNorm1d(2, affine=False, device="meta")) == META  # buffers alone
     assert device_of(nn.Identity()) == device_of("a plan") == torch.device("cpu")
     assert workers_for(torch.device("cpu")) == 0
-    assert 1 <= workers_for(torch.device("cuda")) <= 8
+    assert (1 if sys.platform == "linux" else 0) <= workers_for(torch.device("cuda")) <= 8
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -178,5 +176,14 @@ def test_what_begins_at_odd_places_or_lies_on_a_cpu_is_cast_by_itself(
     shapes = {"a": (3, 1), "b": (4, 2), "c": (16,)}
     here = in_dtype({n: torch.ones(s) for n, s in shapes.items()}, torch.bfloat16)
     assert not calls and {t.dtype for t in here.values()} == {torch.bfloat16} and list(here) == list(shapes)
-    in_dtype({n: torch.ones(s, device="meta") for n, s in shapes.items()}, torch.bfloat16)
-    assert calls == [2]
+    there = {n: nn.Parameter(torch.ones(s, device="meta")) for n, s in shapes.items()}
+    assert set(in_dtype(there, torch.bfloat16)) == set(shapes) and calls == [2]
+    there["c"].requires_grad_(False)  # frozen
+    in_dtype(there, torch.bfloat16)
+    assert calls == [2, 1]
+
+
+def test_what_no_loss_reaches_has_no_gradient() -> None:
+    used, other = (nn.Parameter(torch.ones(8)) for _ in range(2))
+    Together.apply(torch.bfloat16, used, other)[0].sum().backward()
+    assert used.grad is not None and used.grad.dtype == torch.float32 and other.grad is None

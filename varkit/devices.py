@@ -6,6 +6,7 @@ waiting for it: it would stand idle while the host prepares what comes next.
 
 import itertools
 import os
+import sys
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -24,13 +25,14 @@ _COPIES = WeakTensorKeyDictionary()
 
 
 def find_device(name: str = AUTO) -> torch.device:
-    """The device called "cpu", "cuda", "cuda:1", ...; "auto" is the first accelerator if there is one, else the CPU.
+    """The device called "cpu", "cuda", "cuda:1", ...; "auto" is CUDA's first if there is one, else the CPU: others have
+    to be asked for, since nothing has been tried on them.
 
     Raises `UserError` for what this machine, or this build of torch, does not have.
     """
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == AUTO:
-        return there or torch.device("cpu")
+        return there if there is not None and there.type == "cuda" else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -76,8 +78,14 @@ def device_of(part: Any) -> torch.device:
 
 
 def workers_for(device: torch.device) -> int:
-    """Processes that prepare pictures meanwhile: on a CPU none, since the networks take all cores already."""
-    return 0 if device.type == "cpu" else min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+    """Processes that prepare pictures meanwhile: beside a CPU none, since the networks take all cores already, nor
+    where processes cannot be forked safely.
+    """
+    return (
+        0
+        if device.type == "cpu" or sys.platform != "linux"
+        else min(MOST_WORKERS, max(1, (os.cpu_count() or 1) - 1))
+    )
 
 
 def _known(there: torch.device | None) -> str:

@@ -6,7 +6,8 @@ result["parts"]["generator"]["fraction_of_limit"]
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ def measure(pipeline: Pipeline, condition: Condition, rounds: int = 5) -> dict[s
     whole, `limit` the least time for its matrix work on this machine; `parts` says both of each part.
     """
     parts = Parts()
-    with _Charged(pipeline, parts) as charged:
+    with charged(pipeline, parts) as own:
         work = Work(lambda: parts.current)
         with work:
-            _picture(charged, condition, parts)
-        seconds = [_timed(charged, condition, parts) for _ in range(rounds)]
+            _picture(own, condition, parts)
+        seconds = [_timed(own, condition, parts) for _ in range(rounds)]
     dtype = next(pipeline.generator.parameters()).dtype
     found = limits((p for products in work.products.values() for p in products), dtype)
     told = {}
@@ -56,29 +57,20 @@ def measure(pipeline: Pipeline, condition: Condition, rounds: int = 5) -> dict[s
     }
 
 
-class _Charged:
+@contextmanager
+def charged(pipeline: Pipeline, parts: Parts) -> Iterator[Pipeline]:
     """A pipeline whose parts are charged for their time, until the context ends."""
-
-    def __init__(self, pipeline: Pipeline, parts: Parts) -> None:
-        self.pipeline, self.parts = pipeline, parts
-
-    def __enter__(self) -> Pipeline:
-        pipeline, parts = self.pipeline, self.parts
-        self._wrapped: list[tuple[Any, str]] = []
-        self._wrap(pipeline.generator, "forward", "generator")
-        self._wrap(pipeline.generator, "prepare", "condition")
-        for head in pipeline.model.heads.values():
-            self._wrap(head, "sample", "head")
+    wrapped: list[tuple[Any, str, str]] = [
+        (pipeline.model.generator, "forward", "generator"),
+        (pipeline.generator, "prepare", "condition"),
+    ]
+    wrapped += [(head, "sample", "head") for head in pipeline.model.heads.values()]
+    with ExitStack() as stack:
+        for owner, name, part in wrapped:
+            setattr(owner, name, parts.wrap(part, getattr(owner, name)))
+            stack.callback(delattr, owner, name)  # the class's own shows again
         wrap = pipeline.how.wrap
-        return pipeline.using(wrap=lambda pick: parts.wrap("sampling", wrap(pick)))
-
-    def __exit__(self, *error: object) -> None:
-        for owner, name in self._wrapped:
-            delattr(owner, name)  # the class's own shows again
-
-    def _wrap(self, owner: Any, name: str, part: str) -> None:
-        setattr(owner, name, self.parts.wrap(part, getattr(owner, name)))
-        self._wrapped.append((owner, name))
+        yield pipeline.using(wrap=lambda pick: parts.wrap("sampling", wrap(pick)))
 
 
 def _picture(pipeline: Pipeline, condition: Condition, parts: Parts) -> None:

@@ -40,7 +40,7 @@ class Adapt:
     accumulation: int = 1
     """Split each batch into this many micro-batches, which the processes of torchrun share."""
     device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
+    """Where to train: cpu, cuda, cuda:1, ...; by default CUDA's first device if there is one."""
     compile: bool = False
     """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 

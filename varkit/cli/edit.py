@@ -45,7 +45,7 @@ class Edit(Sampling):
     model: str = "scenes"
     """A bundled model, a saved folder, or a training's output folder."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
+    """Where to compute: cpu, cuda, cuda:1, ...; by default CUDA's first device if there is one."""
     n: int = 1
     """Versions to draw."""
     seed: int = 0

@@ -67,7 +67,7 @@ class Evaluate(Sampling):
     statistics: Path | None = None
     """For fid: also write the reference's statistics to this .npz, to be given as --data later."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
+    """Where to compute: cpu, cuda, cuda:1, ...; by default CUDA's first device if there is one."""
     json: bool = False
     """Print one JSON object."""
     sheet: Path | None = None

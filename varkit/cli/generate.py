@@ -97,7 +97,7 @@ class Generate(Sampling):
     previews: bool = False
     """Also write a strip of each picture as it grew, step by step (NAME-previews.png)."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
+    """Where to compute: cpu, cuda, cuda:1, ...; by default CUDA's first device if there is one."""
     dtype: str | None = None
     """Compute in float32, bfloat16 or float16; by default as the model was saved."""
     offload: Literal["disk", "ram"] | None = None

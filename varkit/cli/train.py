@@ -40,7 +40,7 @@ class Train:
     shard: bool = False
     """The processes of torchrun hold one copy of the generator together, each a part of it, in place of one each."""
     device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
+    """Where to train: cpu, cuda, cuda:1, ...; by default CUDA's first device if there is one."""
     compile: bool = False
     """Compile the networks' blocks first: faster steps after minutes of waiting. Needs a C++ compiler."""
 

@@ -8,6 +8,8 @@ Recorded are the steps of a static plan while all samples are at the same one, a
 many positions are known; any other step runs kernel by kernel. So do the heads over codes and bits, which wait for
 draws made on the CPU, the canvas, and the tokenizer's decoder, which is large enough to fill a device. Refused are
 generators that are not `recordable`: M-VAR, whose layers carry tensors without a fixed place, and PixelCNN++.
+
+What is recorded has been checked by running recorded operations again on a CPU (tests/tape.py), not yet on a device.
 """
 
 import weakref

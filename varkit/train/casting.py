@@ -1,9 +1,9 @@
 """Parameters in a compute dtype, with gradients that come back to them: hundreds of casts in one, on an accelerator.
 
-A call costs an accelerator's host twenty times what the small cast itself takes. A CPU gains nothing by it.
+There a call takes the host some twenty microseconds, however small the tensor (docs/log.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,29 +15,33 @@ ALIGNED = 8
 
 def in_dtype(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Each parameter in `dtype`, differentiably."""
-    together = [n for n, p in parameters.items() if p.device.type != "cpu" and p.numel() % ALIGNED == 0]
-    cast = (
-        dict(zip(together, Together.apply(dtype, *(parameters[n] for n in together)), strict=True))
-        if together
-        else {}
-    )
-    return {name: cast[name] if name in cast else p.to(dtype) for name, p in parameters.items()}
+    cast = {name: p.to(dtype) for name, p in parameters.items() if not _together(p)}
+    rest = [name for name in parameters if name not in cast]
+    if rest:
+        cast |= zip(rest, Together.apply(dtype, *(parameters[name] for name in rest)), strict=True)
+    return cast
+
+
+def _together(p: Tensor) -> bool:
+    return p.device.type != "cpu" and p.requires_grad and p.numel() % ALIGNED == 0
 
 
 class Together(torch.autograd.Function):
-    """Tensors cast as one: what comes out are parts of one tensor."""
+    """Tensors cast as one: what comes out are parts of one tensor. What no loss reaches is left without a gradient."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.before, ctx.shapes = tensors[0].dtype, [t.shape for t in tensors]
-        return _parts(torch.cat([t.flatten() for t in tensors]).to(dtype), ctx.shapes)
+        ctx.before = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        return _at_once(tensors, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat = torch.cat([g.flatten() for g in gradients]).to(ctx.before)
-        return None, *_parts(flat, ctx.shapes)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = iter(_at_once([g for g in gradients if g is not None], ctx.before))
+        return None, *(None if g is None else next(there) for g in gradients)
 
 
-def _parts(flat: Tensor, shapes: list[torch.Size]) -> tuple[Tensor, ...]:
-    parts = flat.split([shape.numel() for shape in shapes])
-    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+def _at_once(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Each of some tensors in `dtype`, by a single cast."""
+    parts = torch.cat([t.flatten() for t in tensors]).to(dtype).split([t.numel() for t in tensors])
+    return tuple(part.view(t.shape) for part, t in zip(parts, tensors, strict=True))

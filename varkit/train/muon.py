@@ -1,4 +1,4 @@
-"""Muon over stacks of matrices of one shape, which takes a tenth of the calls: what an accelerator waits for."""
+"""Muon over stacks of matrices of one shape, in fewer calls: an accelerator waits for each of them (docs/log.md)."""
 
 import math
 from typing import Any
