@@ -35,7 +35,7 @@ from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.frequency import FrequencyVQConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.train.recipes import GeneratorRecipe, Recipe, digit_scales, nfig_digits
-from varkit.train.recipes.nfig_digits import banded
+from varkit.train.recipes.nfig import nfig as banded
 from varkit.train.task import TrainConfig
 
 DRAWN, HELD_OUT = 600, 256
@@ -149,7 +149,7 @@ def photographs(name: str, tokenizer: MultiScaleVQConfig) -> Recipe:
 def over_photographs(bands: str | None, seed: int) -> Trained:
     """A tokenizer by a rule for bands; None is VAR's own, with phi."""
     base = digit_scales()
-    config = base.tokenizer.config if bands is None else banded(base, bands)
+    config = (base if bands is None else banded(base, bands)).tokenizer.config
     assert isinstance(config, MultiScaleVQConfig)
     return Trained(photographs(bands or "var", config), seed, expected=2.5)
 

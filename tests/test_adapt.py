@@ -199,8 +199,8 @@ def test_a_follow_up_takes_its_share_of_rate_and_steps():
 
 
 def test_the_source_is_what_was_asked_for_or_what_the_model_says(tiny: Path):
-    assert source_of(load(tiny), None) == "tiny"
-    assert source_of(load(tiny), "scenes") == "scenes"
+    assert source_of(load(tiny), None) == ("tiny", None)
+    assert source_of(load(tiny), "scenes") == ("scenes", None)
 
 
 def test_experiments_train_a_model_from_a_trained_one_and_share_it(few: Recipe, tmp_path: Path):

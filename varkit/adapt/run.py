@@ -47,17 +47,19 @@ class Adaptation(Request):
             raise UserError(f"--lr is {self.lr}; give a rate above 0 and below 1, such as 1e-4")
 
 
-def source_of(start: Pipeline, data: str | None) -> str:
-    """The recipe or data that a model goes on with: what is asked for, else what it was trained on.
+def source_of(start: Pipeline, data: str | None) -> tuple[str, str | None]:
+    """The recipe or data that a model goes on with, and its system: what is asked for, else what it was trained on.
 
     Raises `UserError` for a model that does not say.
     """
-    source = data or start.about.get("request", {}).get("recipe")
-    if not source:
+    if data is not None:
+        return data, None
+    trained = start.about.get("request", {})
+    if not trained.get("recipe"):
         raise UserError(
             "this model does not say what it was trained on; name a recipe or a folder of pictures with --data"
         )
-    return str(source)
+    return trained["recipe"], trained.get("system")
 
 
 def follow_up(recipe: Recipe, method: Method, steps: int | None) -> Recipe:
@@ -82,7 +84,7 @@ def adapt_model(
 
     Raises `UserError` where neither the model nor the request says how long.
     """
-    recipe, dataset = find_recipe(request.recipe)
+    recipe, dataset = find_recipe(request.recipe, request.system)
     recipe = follow_up(recipe, method, steps_behind(start.about))
     if recipe.generator.train.steps is None and request.steps is None and request.minutes is None:
         raise UserError("this model does not say how long it was trained; say how long to go on with --steps")

@@ -80,9 +80,11 @@ class _By(Adapt):
 
         with together() as ranks:
             told, start = asdict(self.settings), load(self.model)
+            source, system = source_of(start, self.data)
             request = Adaptation(
-                source_of(start, self.data), self.minutes, self.steps, None, self.seed, self.compile,
-                self.accumulation, start=self.model, device=self.device, method=self.method, settings=told, lr=self.lr,
+                source, self.minutes, self.steps, None, self.seed, self.compile,
+                self.accumulation, start=self.model, device=self.device, system=system, method=self.method,
+                settings=told, lr=self.lr,
             )  # fmt: skip
             if ranks.first:
                 check_run(self.out, request, self.resume)

@@ -23,6 +23,9 @@ class Train:
     `features` makes the network that `varkit evaluate --suite fid` compares pictures by."""
     out: Path
     """Folder for checkpoints, logs, sample grids and the finished model."""
+    system: str | None = None
+    """Make the model by another system, of the same pictures, sizes and time: var, llamagen, infinity, mar, flexvar,
+    m-var, mvar-markov, hmar or nfig."""
     minutes: float | None = None
     """How long to train in all; turned into steps once."""
     steps: int | None = None
@@ -68,6 +71,7 @@ class Train:
             self.shard,
             None if self.start is None else str(self.start),
             self.device,
+            self.system,
         )
 
     def _model(self, first: bool) -> Path:
@@ -78,7 +82,7 @@ class Train:
         if first:
             check_run(self.out, request, self.resume)
             ensure_writable(self.out / "request.json")
-        recipe, dataset = find_recipe(self.recipe)
+        recipe, dataset = find_recipe(self.recipe, self.system)
         model = train_recipe(request, recipe, dataset, self.out, self.resume, log)
         if first and dataset.report.counts:
             log(f"pictures: {dataset.report}")
@@ -91,6 +95,8 @@ class Train:
             raise UserError("--tokenizer is for models; features are trained on pictures, without one")
         if self.start is not None:
             raise UserError("--from is for models; features are trained from the beginning, leave it out")
+        if self.system is not None:
+            raise UserError("--system is for models; features have none, leave it out")
         if self.shard:
             raise UserError("--shard is for models; the network of the features is small, train it without")
         return train_features(self.out, self._request(), self.resume)

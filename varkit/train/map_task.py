@@ -21,7 +21,7 @@ from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig
 from varkit.train.tokenizer_task import ReconstructionTask
 
 SCALES = 5
-"""Scales a step (paper)."""
+"""Scales a step (paper), of tokenizers that have as many."""
 
 
 class MapTask(ReconstructionTask):
@@ -29,8 +29,9 @@ class MapTask(ReconstructionTask):
 
     def __init__(
         self, tokenizer: MapVQ, dataset: Dataset, loss: TokenizerLossConfig, batch_size: int, recipe: dict[str, Any],
-        seed: int = 0, scales: int = SCALES,
+        seed: int = 0, scales: int | None = None,
     ) -> None:  # fmt: skip
+        scales = min(SCALES, len(tokenizer.every)) if scales is None else scales
         if not 1 <= scales <= len(tokenizer.every):
             raise UserError(f"{scales} scales a step cannot be drawn; use 1 to {len(tokenizer.every)}")
         self.maps, self.scales = tokenizer, scales

@@ -50,7 +50,7 @@ class Request:
     compile: compile blocks and losses first, which pays off in longer trainings. accumulation: micro-batches that each
     batch is split into; several processes share them. shard: processes hold one copy of the generator together. start:
     the folder of a trained model whose tokenizer is used and whose generator and heads are trained further. device: as
-    `varkit.devices.find_device` knows it.
+    `varkit.devices.find_device` knows it. system: what the recipe is made into, if not left as it is.
     """
 
     recipe: str
@@ -63,6 +63,7 @@ class Request:
     shard: bool = False
     start: str | None = None
     device: str = "cpu"
+    system: str | None = None
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:

@@ -6,19 +6,20 @@ Sizes were chosen by measurement on two cores; `docs/log.md` tells what else was
 from varkit.data.base import Dataset
 from varkit.data.registry import BUILT_IN, open_dataset
 from varkit.errors import UserError, unknown_name
-from varkit.train.recipes.digit_scales import digit_grid, digit_scales
-from varkit.train.recipes.digits import digits, digits_raster
-from varkit.train.recipes.flexvar_digits import flexvar_digits
+from varkit.train.recipes.digit_scales import digit_scales
+from varkit.train.recipes.digits import digits
+from varkit.train.recipes.flexvar import flexvar_digits
 from varkit.train.recipes.folder import folder_recipe
-from varkit.train.recipes.hmar_digits import hmar_digits
-from varkit.train.recipes.infinity_scenes import infinity_scenes
-from varkit.train.recipes.llamagen_scenes import llamagen_scenes
-from varkit.train.recipes.m_var_digits import m_var_digits
-from varkit.train.recipes.mar_scenes import mar_scenes
-from varkit.train.recipes.markov_digits import markov_digits, markov_digits_mixed
-from varkit.train.recipes.nfig_digits import nfig_digits
+from varkit.train.recipes.hmar import hmar_digits
+from varkit.train.recipes.infinity import infinity_scenes
+from varkit.train.recipes.llamagen import digit_grid, digits_raster, llamagen_scenes
+from varkit.train.recipes.m_var import m_var_digits
+from varkit.train.recipes.mar import mar_scenes
+from varkit.train.recipes.markov import markov_digits, markov_digits_mixed
+from varkit.train.recipes.nfig import nfig_digits
 from varkit.train.recipes.recipe import FurtherRecipe, GeneratorRecipe, Recipe, TokenizerRecipe
 from varkit.train.recipes.scenes import scenes
+from varkit.train.recipes.systems import of_system
 
 __all__ = [
     "RECIPES", "FurtherRecipe", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid",
@@ -45,8 +46,16 @@ RECIPES = {
 }
 
 
-def find_recipe(spec: str) -> tuple[Recipe, Dataset]:
-    """The recipe called `spec`, or one for the data set (by name), folder or array file it names, with its data."""
+def find_recipe(spec: str, system: str | None = None) -> tuple[Recipe, Dataset]:
+    """The recipe called `spec`, or one for the data set (by name), folder or array file it names, with its data.
+
+    system: makes of it a recipe of that system (`varkit.train.recipes.systems`).
+    """
+    recipe, dataset = _found(spec)
+    return (recipe if system is None else of_system(recipe, system)), dataset
+
+
+def _found(spec: str) -> tuple[Recipe, Dataset]:
     if spec in RECIPES:
         recipe = RECIPES[spec]()
         return recipe, open_dataset(recipe.dataset)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
-from varkit.train.recipes.digits import digits, rastered
+from varkit.train.recipes.digits import digits
 from varkit.train.recipes.recipe import PYRAMID, Recipe
 
 
@@ -30,8 +30,3 @@ def digit_scales() -> Recipe:
             base.generator, train=replace(base.generator.train, minutes=None, steps=1200), batch_size=32
         ),
     )
-
-
-def digit_grid() -> Recipe:
-    """The same digits as one grid of 8 x 8 tokens in raster order (LlamaGen), with as many parameters, within 7 %."""
-    return rastered(digit_scales(), "digit-grid")

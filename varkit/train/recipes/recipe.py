@@ -1,15 +1,18 @@
 """A recipe: everything that makes a model from pictures."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from varkit.errors import UserError
 from varkit.generators.base import GeneratorConfig
+from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
 from varkit.plans.schedule import Side
 from varkit.tokenizers.base import TokenizerConfig
+from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import TokenizerLossConfig
@@ -82,3 +85,23 @@ class Recipe:
     tokenizer: TokenizerRecipe
     generator: GeneratorRecipe
     prompts: tuple[str | int, ...] = field(default=())
+
+
+def next_scale(base: Recipe) -> tuple[MultiScaleVQConfig, VARConfig]:
+    """The tokenizer and generator of a recipe by VAR, which those of other systems are derived from.
+
+    Raises `UserError` for a recipe that is of another system already.
+    """
+    tokenizer, generator = base.tokenizer.config, base.generator.config
+    if type(tokenizer) is not MultiScaleVQConfig or type(generator) is not VARConfig:
+        raise UserError(
+            f"the recipe {base.name!r} has a system of its own; choose one for your own pictures, a data set, or a "
+            "recipe by VAR such as scenes"
+        )
+    return tokenizer, generator
+
+
+def part_of(train: TrainConfig, share: float) -> TrainConfig:
+    """A training for a share of its steps, or of its minutes."""
+    steps = None if train.steps is None else round(train.steps * share)
+    return replace(train, steps=steps, minutes=None if train.minutes is None else train.minutes * share)

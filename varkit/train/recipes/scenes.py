@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from varkit.data.captions import WORDS
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.conv import ConvConfig
-from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.train.lessons import WholePlan
@@ -52,31 +50,25 @@ def scenes() -> Recipe:
         adaln_init=0.5,
         reach=1,
     )
-    return of_scenes(
-        "scenes",
-        tokenizer,
-        GeneratorRecipe(
-            generator,
-            replace(GENERATOR_TRAIN, steps=3523, lr=2.5e-3),
-            batch_size=256,
-            pictures=400_000,
-            teach=partial(WholePlan, step_power=0.5),
-            settings=Settings(
-                guidance=4.0, ramp=True, temperature=(1.0, 1.0, 1.0, 0.8, 0.5, 0.2), top_p=0.95
-            ),
-        ),
-    )
-
-
-def of_scenes(name: str, tokenizer: Any, generator: GeneratorRecipe) -> Recipe:
-    """A recipe over captioned scenes, whose tokenizer (a configuration) is trained as that of `scenes`; decoders of
-    quantised features go on alone afterwards.
-    """
-    decoder = None if isinstance(tokenizer, KLConfig) else DECODER_TRAIN
-    return Recipe(
-        name,
-        "scenes",
-        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=decoder),
+    part = GeneratorRecipe(
         generator,
+        replace(GENERATOR_TRAIN, steps=3523, lr=2.5e-3),
+        batch_size=256,
+        pictures=400_000,
+        teach=partial(WholePlan, step_power=0.5),
+        settings=Settings(guidance=4.0, ramp=True, temperature=(1.0, 1.0, 1.0, 0.8, 0.5, 0.2), top_p=0.95),
+    )
+    return Recipe(
+        "scenes",
+        "scenes",
+        TokenizerRecipe(tokenizer, TOKENIZER_TRAIN, batch_size=16, decoder=DECODER_TRAIN),
+        part,
         prompts=PROMPTS,
     )
+
+
+def small_scenes() -> Recipe:
+    """`scenes` as it is trained on a CPU: what other systems begin with."""
+    base = scenes()
+    part = replace(base.generator, train=GENERATOR_TRAIN, batch_size=64, pictures=128_000, teach=WholePlan)
+    return replace(base, generator=part)

@@ -1,0 +1,40 @@
+"""Infinity: bits instead of codes, and a generator taught to correct its own."""
+
+from dataclasses import replace
+
+from varkit.errors import UserError
+from varkit.generators.infinity import InfinityConfig
+from varkit.generators.text import TextConfig
+from varkit.hub.pipeline import Settings
+from varkit.tokenizers.bitwise import BitwiseConfig
+from varkit.train.recipes.recipe import Recipe, next_scale
+from varkit.train.recipes.scenes import small_scenes
+from varkit.train.self_correction import SelfCorrection
+
+BITS = 16
+
+
+def infinity(base: Recipe) -> Recipe:
+    """The base's pyramid in bits. Raises `UserError` for pictures without captions, by which Infinity is told."""
+    pyramid, var = next_scale(base)
+    if not isinstance(var.condition, TextConfig):
+        raise UserError(
+            f"the pictures of {base.dataset!r} have no captions, which Infinity is told by; choose another system, "
+            "such as var"
+        )
+    tokenizer = BitwiseConfig(
+        replace(pyramid.conv, latent_channels=BITS), pyramid.schedule, entropy=0.1, encoder=pyramid.encoder
+    )
+    generator = InfinityConfig(
+        var.depth, var.width, var.heads, BITS, var.condition, levels=len(pyramid.schedule), drop_path=var.drop_path,
+        gate_init=0.5, modulation_init=0.5,
+    )  # fmt: skip
+    part = replace(
+        base.generator, config=generator, teach=SelfCorrection, settings=Settings(ramp=True, guidance=2.5)
+    )
+    return replace(base, tokenizer=replace(base.tokenizer, config=tokenizer), generator=part)
+
+
+def infinity_scenes() -> Recipe:
+    """Captioned scenes; the small text encoder stands in for flan-t5-xl, and the pyramid is that of `scenes`."""
+    return replace(infinity(small_scenes()), name="infinity-scenes")
