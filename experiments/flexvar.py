@@ -24,7 +24,7 @@ from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 from varkit.train.recipes import digit_scales, flexvar_digits
 
-PICTURES_JUDGED = 600
+PICTURES_JUDGED, HELD_OUT = 600, 252
 MINUTES = 6.0
 FEW: tuple[Side, ...] = (1, 2, 4, 8)
 """Four steps, whose sides VAR was trained with, one by one, but never in this schedule."""
@@ -167,7 +167,7 @@ OUT_OF_SCHEDULE = Part(
         Arm("VAR, 4 steps", var, out_of_schedule),
         *(Arm(f"FlexVAR, {steps} steps", flexvar, in_steps(steps)) for steps in (4, 6, 8)),
     ),
-    metrics=(*last_scale(256), fid_to("digits", PICTURES_JUDGED)),
+    metrics=(*last_scale(HELD_OUT), fid_to("digits", PICTURES_JUDGED)),
     rule=All(
         (
             AtMost("last scale's loss", "FlexVAR, 4 steps", "FlexVAR, 6 steps", 1.1),
