@@ -7,6 +7,7 @@ has its own tokenizer, since FlexVAR's maps are no residuals.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,6 +31,14 @@ FEW: tuple[Side, ...] = (1, 2, 4, 8)
 """Four steps, whose sides VAR was trained with, one by one, but never in this schedule."""
 
 BASE = "VAR, 6 steps"
+BY_STEPS: dict[int, tuple[Side, ...]] = {4: FEW, 5: (1, 2, 3, 5, 8), 8: (1, 2, 3, 4, 5, 6, 7, 8)}
+"""FlexVAR's own schedules of so many steps, for VAR."""
+
+BY_SIZE: dict[tuple[int, int], tuple[Side, ...]] = {
+    (48, 48): (1, 2, 3, 4, 6, 8, 10, 12),
+    (32, 24): (1, 2, (3, 2), (4, 3), (6, 4), (8, 6)),
+}
+"""Schedules for VAR that end at another size's grid."""
 
 
 def var(seed: int) -> Trained:
@@ -148,6 +157,10 @@ STEPS = Part(
     arms=(
         Arm(BASE, var),
         *(Arm(f"FlexVAR, {steps} steps", flexvar, in_steps(steps)) for steps in (4, 5, 6, 8)),
+        *(
+            Arm(f"VAR, {steps} steps", var, partial(out_of_schedule, schedule=sides))
+            for steps, sides in BY_STEPS.items()
+        ),
     ),
     metrics=(PARAMETERS, EVALUATIONS, SECONDS, fid_to("digits", PICTURES_JUDGED), digits_read(30)),
     rule=All(
@@ -185,6 +198,10 @@ SIZES = Part(
         Arm("32x32", flexvar),
         Arm("48x48", flexvar, in_size(48, 48)),
         Arm("32x24", flexvar, in_size(32, 24)),
+        *(
+            Arm(f"VAR, {h}x{w}", var, partial(out_of_schedule, schedule=sides))
+            for (h, w), sides in BY_SIZE.items()
+        ),
     ),
     metrics=(EVALUATIONS, whole_digits_read(30)),
     rule=All(

@@ -34,6 +34,9 @@ def picture(size: tuple[int, int] = (8, 12)) -> Image.Image:
         ("hmar-refined", 3, {}),
         ("hmar-refined", 3, {"smooth": True}),
         ("flexvar-class", 3, {}),
+        ("m-var-class", 3, {}),
+        ("var-markov", 3, {}),
+        ("nfig-class", 3, {}),
     ],
 )
 def test_keeping_everything_returns_the_reconstruction_exactly(name: str, prompt, settings: dict):

@@ -7,6 +7,7 @@ import torch
 
 from experiments import flexvar as experiment
 from varkit.catalog.experiment import Subject
+from varkit.catalog.measures import EVALUATIONS
 from varkit.hub.pipeline import Pipeline
 from varkit.train.recipes import Recipe, digit_scales, flexvar_digits
 
@@ -61,6 +62,17 @@ def test_var_out_of_its_schedule_takes_the_positions_of_each_size(var: Pipeline)
     assert torch.equal(moved.position[5:21], trained.position[14:30])
     assert torch.equal(moved.level.weight, trained.level.weight[[0, 1, 3, 5]])
     few.generate(3)
+
+
+@pytest.mark.parametrize(("size", "steps"), [("48x48", 8), ("32x24", 6)])
+def test_var_is_drawn_at_the_sizes_too(var: Pipeline, size: str, steps: int) -> None:
+    """What VAR is given ends at the grid of FlexVAR's size, in as many steps."""
+    parts = {part.name: part for part in experiment.EXPERIMENT.parts}
+    arms = {arm.name: arm for arm in parts["sizes never trained on"].arms}
+    height, width = map(int, size.split("x"))
+    (picture,) = arms[f"VAR, {size}"].apply(var).generate(3)
+    assert (picture.height, picture.width) == (height, width)
+    assert EVALUATIONS.measure(Subject(arms[f"VAR, {size}"].apply(var), 0)) == steps
 
 
 def test_the_last_scale_is_measured_in_any_schedule(var: Pipeline, flexvar: Pipeline) -> None:

@@ -1,6 +1,7 @@
 """HMAR (arXiv 2506.04421): the sheet's exact checks, and what refinement promises."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from tests.contracts import CASES, PYRAMID, Case, drawn, start, true_latents
 from tests.test_contracts import filled, force
 from varkit.canvases.grid import GridCanvas
+from varkit.cli.main import main
 from varkit.decode.cache.full import FullCache
 from varkit.decode.loop import Model, advance, decode, run
 from varkit.decode.sampling import Sampler
@@ -306,6 +308,30 @@ def test_what_editing_keeps_is_committed_first():
         keep, known = state.extras["keep"][:, positions], state.canvas.known[:, positions]
         committed = sum(model.model.plan.counts[level][: turn + 1])
         assert bool(((known & keep).sum(dim=1) == keep.sum(dim=1).clamp(max=committed)).all())
+
+
+def test_a_picture_is_edited_from_the_command_line(tmp_path: Path, capsys):
+    REFINED.pipeline(Settings(guidance=2.0)).save(tmp_path / "hmar")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)).save(
+        tmp_path / "old.png"
+    )
+    asked = [
+        "edit",
+        str(tmp_path / "old.png"),
+        "--model",
+        str(tmp_path / "hmar"),
+        "--box",
+        "0",
+        "0",
+        "1",
+        "0.5",
+    ]
+    drawn = []
+    for counts in ("none", "4x6:6,6,6,6 2:1,1,1,1"):
+        out = tmp_path / "new.png"
+        assert main([*asked, "--label", "3", "--counts", counts, "--out", str(out)]) == 0, capsys.readouterr()
+        drawn.append(np.asarray(Image.open(out)))
+    assert drawn[0].shape == (8, 12, 3) and not np.array_equal(*drawn)
 
 
 def test_counts_are_changed_by_a_text_and_without_training():

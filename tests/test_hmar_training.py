@@ -168,6 +168,13 @@ def test_the_experiment_is_measured_with_toys(monkeypatch):
     pipeline = REFINED.pipeline(Settings(guidance=2.0))
     counted = [EVALUATIONS.measure(Subject(arm.apply(pipeline), 0)) for arm in refinement.arms]
     assert counted == [4.0, 5.0, 5.0]  # of this pyramid only the 2 x 2 scale is refined
+    base, whole, one_shot = quality.arms
+    used = [
+        quality.metrics[1].measure(Subject(arm.apply(REFINED.pipeline(Settings())), 0))
+        for arm in (whole, one_shot)
+    ]
+    branch = list(pipeline.generator.branch_off()) + list(pipeline.model.heads[MASK].parameters())
+    assert used[0] - used[1] == pytest.approx(sum(p.numel() for p in branch) / 1e6)
     functions = cost.metrics[0].measure.__globals__
     monkeypatch.setitem(functions["SIDES"], 256, (1, 2, 3))
     monkeypatch.setitem(functions, "WIDTH", 32)

@@ -24,13 +24,17 @@ from varkit.plans.join import pack
 from varkit.plans.schedule import Schedule
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.lessons import Lesson, WholePlan
+from varkit.train.mixed_scales import MixedScales
 from varkit.train.objective import teacher_forced
 from varkit.train.schedule_lessons import ScheduleLessons
 from varkit.train.tokens import Tokens
 
 REFERENCE = Path(__file__).parent / "reference"
 BATCH = 3
-SCALED = ("var-class", "var-text", "infinity-text", "infinity-patches", "flexvar-class", "flexvar-text")
+SCALED = (
+    "var-class", "var-text", "var-markov", "m-var-class", "nfig-class", "infinity-text", "infinity-patches",
+    "flexvar-class", "flexvar-text",
+)  # fmt: skip
 
 
 def parts_of(name: str, dtype: torch.dtype = torch.float32):
@@ -258,6 +262,18 @@ def test_refining_brings_the_student_nearer_than_teacher_forcing_does(name: str)
             optimizer.step()
         ends.append([term.item() for term in loss.terms(lesson, condition)])
     assert ends[1][1] < ends[0][1]
+
+
+@pytest.mark.parametrize("scales", ["all", "last"])
+def test_scales_that_were_trained_apart_are_refined_together(scales: str):
+    """Taught by itself a scale would be fed the truth in both passes."""
+    given = material("var-markov")
+    parts = replace(given.parts, lessons=MixedScales(given.parts.tokenizer, given.parts.plan))
+    task = SAR(scales=scales).task(replace(given, parts=parts))
+    assert type(task.lessons) is WholePlan
+    batch = {"ids": torch.from_numpy(given.tokens.latents["ids"][:2]).long()}, {"label": torch.arange(2)}
+    total, metrics = task.loss("generator", batch, 0)
+    assert bool(total.isfinite()) and float(metrics["student"]) > 0
 
 
 def test_weights_of_a_lesson_count_for_the_teacher_alone():

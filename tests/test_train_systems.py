@@ -77,17 +77,16 @@ def test_every_family_is_made_of_the_same_pictures(system: str, captioned: Recip
     assert f"system (was '{system}', now None)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("system", ["flexvar", "hmar", "nfig"])
+@pytest.mark.parametrize("system", ["flexvar", "hmar", "m-var", "mvar-markov", "nfig"])
 def test_it_goes_on_as_the_family_it_is(system: str, captioned: Recipe, tmp_path: Path, capsys):
     run, further = str(tmp_path / "run"), tmp_path / "further"
     assert main(["train", "tiny", "--system", system, "--steps", "2", "--out", run]) == 0
-    code = main(["adapt", "finetune", run, "--steps", "2", "--out", str(further)])
-    if system == "hmar":
-        assert code == 2 and "models with one are adapted" in capsys.readouterr().err
-        return
-    assert code == 0
-    told = json.loads((further / "generator" / "config.json").read_text())
-    assert ("ScheduleLessons" in json.dumps(told)) == (system == "flexvar")
+    assert main(["adapt", "sar", run, "--steps", "2", "--out", str(further)]) == 0, capsys.readouterr().err
+    told = json.dumps(json.loads((further / "generator" / "config.json").read_text()))
+    own = {"flexvar": "ScheduleLessons", "hmar": "FirstGuesses"}.get(system, "WholePlan")
+    assert f'"kind": "{own}"' in told
+    (picture,) = load(further).generate("a red circle", seed=0)
+    assert picture.size == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +119,11 @@ def test_configurations_follow_the_base():
     plan = of_system(base, "mvar-markov").generator.parts["plan"]
     assert isinstance(plan, ScalesConfig) and plan.history == 0 and plan.windows is not None
     assert (plan.windows.side, plan.windows.least) == (5, 6)
-    for system in ("llamagen", "mar"):
-        settings = of_system(base, system).generator.settings
-        assert settings.temperature == 1.0
+    for system in ("llamagen", "infinity", "mar", "flexvar"):
+        assert of_system(base, system).generator.settings.temperature == 1.0, (
+            "a list is for the base's scales"
+        )
+    assert of_system(base, "flexvar").tokenizer.decoder is None
 
 
 @pytest.mark.parametrize(

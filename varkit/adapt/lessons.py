@@ -9,11 +9,13 @@ from varkit.errors import UserError
 from varkit.hub.pipeline import Pipeline
 from varkit.plans.base import StaticPlan
 from varkit.plans.masked import MaskedPlan
+from varkit.plans.refined import RefinedPlan
 from varkit.plans.scales import ScalePlan
 from varkit.tokenizers.bitwise import Bitwise
 from varkit.tokenizers.map_vq import MapVQ
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.masked_lessons import MaskedLessons
+from varkit.train.masked_scales import FirstGuesses
 from varkit.train.recipes import Recipe
 from varkit.train.schedule_lessons import ScheduleLessons
 from varkit.train.self_correction import SelfCorrection
@@ -41,6 +43,8 @@ def teaching(start: Pipeline) -> Teach:
         return ScheduleLessons
     if isinstance(plan, ScalePlan) and isinstance(tokenizer, Bitwise):
         return SelfCorrection
+    if isinstance(plan, RefinedPlan):
+        return FirstGuesses
     if isinstance(plan, MaskedPlan):
         return MaskedLessons
     if isinstance(plan, StaticPlan):

@@ -21,6 +21,7 @@ from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.hub.config import to_json
 from varkit.hub.pipeline import Pipeline
+from varkit.plans.refined import RefinedPlan
 from varkit.ranks import current
 from varkit.train.generator_task import Forced
 from varkit.train.loop import load_run
@@ -178,10 +179,10 @@ def check_condition(condition: Any, tokens: Tokens, source: str) -> None:
 
 
 def _parts(start: Pipeline, recipe: Recipe) -> Forced:
-    heads = start.model.heads
-    if set(heads) != {"main"}:
-        raise UserError(f"this model has the heads {', '.join(sorted(heads))}; models with one are adapted")
-    for part in (start.generator, heads["main"]):
+    """What goes on: of a model that refines its scales (HMAR) their first guesses, the refining branch staying."""
+    heads, plan = start.model.heads, start.model.plan
+    plan = plan.scales if isinstance(plan, RefinedPlan) else plan
+    for part in (start.generator, *heads.values()):
         part.to(torch.float32).requires_grad_(True)
     lessons = lessons_for(start, recipe)
-    return Forced(start.tokenizer, start.generator, heads["main"], start.model.plan, lessons)
+    return Forced(start.tokenizer, start.generator, heads["main"], plan, lessons)

@@ -14,7 +14,7 @@ learning rate is a choice of ours: the published run goes on near the end of its
 Legend: B batch, L slots, T targets, C width, K scales, R condition branches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -36,7 +36,8 @@ from varkit.plans.scales import ScalePlan
 from varkit.plans.step import Step
 from varkit.tokenizers.base import Latents
 from varkit.train.generator_task import NextStepTask
-from varkit.train.lessons import Lesson
+from varkit.train.lessons import Lesson, WholePlan
+from varkit.train.mixed_scales import MixedScales
 from varkit.train.objective import NextStepLoss, teacher_forced, weighed
 
 Condition = dict[str, Tensor]
@@ -231,6 +232,11 @@ class SAR:
     def task(self, material: Material) -> RefinementTask:
         """Refinement of a model that predicts codes or bits scale by scale; `UserError` for others."""
         parts = material.parts
+        if isinstance(
+            parts.lessons, MixedScales
+        ):  # a scale by itself has no other scale's predictions to follow
+            parts = replace(parts, lessons=WholePlan(parts.tokenizer, parts.plan))  # type: ignore[arg-type]
+            material = replace(material, parts=parts)
         if not isinstance(parts.plan, ScalePlan) or not isinstance(parts.head, CategoricalHead | BitsHead):
             raise UserError(
                 f"SAR refines models that draw codes or bits scale by scale, not {type(parts.plan).__name__} with "

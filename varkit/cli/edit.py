@@ -40,6 +40,9 @@ class Edit(Sampling):
     """Sides of the scales, e.g. 1,2,4,8 or 1x1,2x3,4x6, for a model that takes any (FlexVAR)."""
     steps: int | None = None
     """In place of a schedule: how many scales, up to the same finest one."""
+    counts: str | None = None
+    """For a model that refines its scales (HMAR): the tokens that each step settles, by the side of a scale, such as
+    "2:1,3 3:1,1,2,5"; or none."""
     raw: bool = False
     """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
     model: str = "scenes"
@@ -103,6 +106,8 @@ class Edit(Sampling):
         size, pipeline = parse_size(self.size), load(self.model).to(find_device(self.device))
         prompt = self.caption if self.label is None else self.label
         pipeline = in_order(pipeline.sized(size), self.schedule, self.steps)
+        if self.counts is not None:
+            pipeline = pipeline.refined(self.counts)
         if self.refine:
             return refine(pipeline, original, prompt, self.n, self.seed, **self.chosen())
         if size is not None:

@@ -104,7 +104,7 @@ class Generate(Sampling):
     """Keep the generator's blocks on disk or in RAM until their turn, for a model larger than memory."""
     tile: int | None = None
     """Decode pictures in tiles of so many pixels a side, for large ones in little memory."""
-    refine: str | None = None
+    counts: str | None = None
     """For a model that refines its scales (HMAR): the tokens that each step settles, by the side of a scale, such as
     "2:1,3 3:1,1,2,5"; or none."""
 
@@ -168,8 +168,8 @@ class Generate(Sampling):
         pipeline = in_order(pipeline, self.schedule, self.steps)
         if self.tile is not None:
             pipeline.tiled(self.tile)
-        if self.refine is not None:
-            pipeline = pipeline.refined(self.refine)
+        if self.counts is not None:
+            pipeline = pipeline.refined(self.counts)
         source = self._text_source()
         return pipeline if source is None else pipeline.with_text(source)
 

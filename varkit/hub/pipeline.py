@@ -389,8 +389,8 @@ class Pipeline:
     ) -> "Pipeline":
         """A bundled model, a folder, or a repository of the Hugging Face hub (the only case that uses the network).
 
-        The repositories that VAR, LlamaGen, Infinity and MAR are published in hold several variants, such as "d16" of
-        "FoundationVision/var"; their files are converted on the way (`varkit.hub.released`). `dtype` as in `load`.
+        Repositories that models were published in hold several variants, such as "d16" of "FoundationVision/var"; their
+        files are converted on the way (`varkit.hub.released`). `dtype` as in `load`.
         """
         from varkit.hub.released import pretrained
 

@@ -75,7 +75,7 @@ RELEASED = {
             "8b_512x512": ("infinity_vae_d56_f8_14_patchify.pth", "infinity_8b_512x512_weights/"),
         }
     ),
-    "OliverRen/M-VAR": Repository(
+    "OliverRen/M-VAR": Repository(  # (unconfirmed) names of all but d32.pth
         {f"m_var_d{depth}": ("vae_ch160v4096z32.pth", f"d{depth}.pth") for depth in (16, 20, 24, 32)},
         elsewhere={"vae_ch160v4096z32.pth": "FoundationVision/var"},
     ),

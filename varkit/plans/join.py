@@ -66,7 +66,8 @@ def only(step: Step, turns: Sequence[int]) -> Step:
     Each sees of the others what it saw of them in the pack.
     """
     assert step.feed.turn is not None and step.turn is not None, "only a pack can be taken apart"
-    assert step.feed.ids.ndim == 1 and step.sees.whole_past, "samples that differ have packs of their own"
+    assert step.feed.ids.ndim == 1, "samples that differ have packs of their own"
+    assert step.sees.whole_past or step.sees.no_past, "what is seen of the past would differ by step"
     wanted, turn = torch.tensor(turns), step.feed.turn
     slots, targets = torch.isin(turn, wanted), torch.isin(step.turn, wanted)
     f, own = step.feed, step.sees.own_mask(len(step.feed))
@@ -85,7 +86,7 @@ def only(step: Step, turns: Sequence[int]) -> Step:
         target=step.target[targets],
         read=(slots.cumsum(0) - 1)[step.read[targets]],
         reveal=step.reveal[targets],
-        sees=Sees("all" if own is None else own[slots][:, slots]),
+        sees=Sees("all" if own is None else own[slots][:, slots], step.sees.past),
         turn=torch.searchsorted(wanted, step.turn[targets]),
         turns=len(turns),
     )

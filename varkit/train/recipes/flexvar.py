@@ -16,7 +16,11 @@ VALIDATED: Sequence[tuple[int, ...]] = ((1, 2, 4, 8), (1, 2, 3, 5, 8), (1, 2, 3,
 
 
 def flexvar(base: Recipe) -> Recipe:
-    """The codes, steps, pictures and generator of the base; its maps share no codes with that pyramid's."""
+    """The codes, steps, pictures and generator of the base; its maps share no codes with that pyramid's.
+
+    Its decoder does not go on alone, which would be with the finest maps alone. A temperature for each of the base's
+    scales would not fit other schedules.
+    """
     pyramid, var = next_scale(base)
     tokenizer = MapVQConfig(pyramid.conv, pyramid.vocab_size, pyramid.code_channels, pyramid.schedule)
     largest = max(Schedule.parse(pyramid.schedule).last)
@@ -24,11 +28,13 @@ def flexvar(base: Recipe) -> Recipe:
         var.depth, var.width, var.heads, tokenizer.code_channels, var.condition, table=2 * largest,
         shared_modulation=var.shared_modulation, drop_path=var.drop_path, adaln_init=var.adaln_init,
     )  # fmt: skip
-    return replace(
-        base,
-        tokenizer=replace(base.tokenizer, config=tokenizer),
-        generator=replace(base.generator, config=generator, teach=partial(ScheduleLessons, others=VALIDATED)),
+    part = replace(
+        base.generator,
+        config=generator,
+        teach=partial(ScheduleLessons, others=VALIDATED),
+        settings=replace(base.generator.settings, temperature=1.0),
     )
+    return replace(base, tokenizer=replace(base.tokenizer, config=tokenizer, decoder=None), generator=part)
 
 
 def flexvar_digits() -> Recipe:
