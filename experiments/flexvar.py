@@ -21,24 +21,25 @@ from varkit.catalog.models import Trained
 from varkit.generators.var import VAR
 from varkit.hub.pipeline import Pipeline
 from varkit.plans.base import StaticPlan
+from varkit.plans.flexible import FlexibleScalesConfig
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 from varkit.train.recipes import digit_scales, flexvar_digits
+from varkit.train.recipes.flexvar import VALIDATED
+from varkit.train.recipes.recipe import PYRAMID
 
-PICTURES_JUDGED, HELD_OUT = 600, 252
+PICTURES_JUDGED = 600
+HELD_OUT = 252
+"""All held-out digits."""
+
 MINUTES = 6.0
-FEW: tuple[Side, ...] = (1, 2, 4, 8)
+FEW: tuple[Side, ...] = VALIDATED[0]
 """Four steps, whose sides VAR was trained with, one by one, but never in this schedule."""
 
 BASE = "VAR, 6 steps"
-BY_STEPS: dict[int, tuple[Side, ...]] = {4: FEW, 5: (1, 2, 3, 5, 8), 8: (1, 2, 3, 4, 5, 6, 7, 8)}
-"""FlexVAR's own schedules of so many steps, for VAR."""
-
-BY_SIZE: dict[tuple[int, int], tuple[Side, ...]] = {
-    (48, 48): (1, 2, 3, 4, 6, 8, 10, 12),
-    (32, 24): (1, 2, (3, 2), (4, 3), (6, 4), (8, 6)),
-}
-"""Schedules for VAR that end at another size's grid."""
+SIZES_UNSEEN = ((48, 48), (32, 24))
+STRIDE = 4
+"""Pixels a position."""
 
 
 def var(seed: int) -> Trained:
@@ -59,6 +60,12 @@ def in_steps(steps: int) -> Callable[[Pipeline], Pipeline]:
 def in_size(height: int, width: int) -> Callable[[Pipeline], Pipeline]:
     """FlexVAR at another size or shape."""
     return lambda pipeline: pipeline.sized((height, width))
+
+
+def schedule_for(height: int, width: int) -> tuple[Side, ...]:
+    """The scales in which FlexVAR draws pictures of a size."""
+    plan = FlexibleScalesConfig(PYRAMID).to_grid((height // STRIDE, width // STRIDE))
+    return plan.schedule
 
 
 @torch.no_grad()
@@ -158,8 +165,8 @@ STEPS = Part(
         Arm(BASE, var),
         *(Arm(f"FlexVAR, {steps} steps", flexvar, in_steps(steps)) for steps in (4, 5, 6, 8)),
         *(
-            Arm(f"VAR, {steps} steps", var, partial(out_of_schedule, schedule=sides))
-            for steps, sides in BY_STEPS.items()
+            Arm(f"VAR, {len(sides)} steps", var, partial(out_of_schedule, schedule=sides))
+            for sides in VALIDATED
         ),
     ),
     metrics=(PARAMETERS, EVALUATIONS, SECONDS, fid_to("digits", PICTURES_JUDGED), digits_read(30)),
@@ -196,11 +203,10 @@ SIZES = Part(
     paper="512 x 512 from a model of 256 x 256 (FID 4.43, against 2.63 of VAR trained there); shapes shown in pictures",
     arms=(
         Arm("32x32", flexvar),
-        Arm("48x48", flexvar, in_size(48, 48)),
-        Arm("32x24", flexvar, in_size(32, 24)),
+        *(Arm(f"{h}x{w}", flexvar, in_size(h, w)) for h, w in SIZES_UNSEEN),
         *(
-            Arm(f"VAR, {h}x{w}", var, partial(out_of_schedule, schedule=sides))
-            for (h, w), sides in BY_SIZE.items()
+            Arm(f"VAR, {h}x{w}", var, partial(out_of_schedule, schedule=schedule_for(h, w)))
+            for h, w in SIZES_UNSEEN
         ),
     ),
     metrics=(EVALUATIONS, whole_digits_read(30)),

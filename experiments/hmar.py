@@ -2,10 +2,9 @@
 
 Small digits stand in for ImageNet. Quality: both stages of HMAR together take the base's steps over its tokens; the
 refining branch, two of four blocks and a head, comes on top of the base's parameters; drawn in one shot it is not used,
-and the parameters are the base's. Cost: random weights at the
-published schedules of 256, 512 and 1024 pixels, a narrow generator of eight blocks (of two, the head and sampling, the
-same for both, would be most of it), one picture, on the CPU; memory is the most by which a process grows, weights
-included.
+and the parameters are the base's. Cost: random weights at the published schedules of 256, 512 and 1024 pixels, a narrow
+generator of eight blocks (of two, the head and sampling, the same for both, would be most of it), one picture, on the
+CPU; memory is the most by which a process grows, weights included.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.contracts import CASES, true_latents
+from tests.contracts import true_latents
 from tests.models import tiny_recipe
 from tests.test_contracts import filled
+from tests.test_hmar import BATCH, PUBLISHED, REFINED
 from varkit.catalog.experiment import Subject
 from varkit.catalog.harness import find_experiment
 from varkit.catalog.measures import EVALUATIONS
@@ -21,17 +22,12 @@ from varkit.generators.var import VARConfig
 from varkit.hub.pipeline import Settings, load
 from varkit.plans.refined import MASK
 from varkit.plans.scale_weights import scale_weights, token_weights
-from varkit.plans.schedule import Schedule
 from varkit.train.loop import load_run
 from varkit.train.masked_scales import FirstGuesses, MaskedScales
 from varkit.train.objective import NextStepLoss
 from varkit.train.recipes import digit_scales, hmar_digits
 from varkit.train.run import Request, train_recipe
 from varkit.train.task import TrainConfig
-
-REFINED = CASES["hmar-refined"]
-BATCH = 3
-PUBLISHED = Schedule.of(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
 def test_loss_weights_are_the_published_ones():

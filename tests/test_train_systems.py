@@ -1,6 +1,7 @@
 """Any pictures made into a model by any system: `varkit train PICTURES --system NAME`."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,14 @@ def test_what_cannot_be_is_told_in_a_line(words: list[str], line: str, tmp_path:
     error = capsys.readouterr().err
     assert line in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_help_and_pages_name_every_system(capsys):
+    assert main(["train", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    words = re.findall(r"[\w-]+", told[told.index("--system") :])
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert set(SYSTEMS) <= set(words) and all(f"`{name}`" in page for name in SYSTEMS)
 
 
 def test_a_share_of_a_training():

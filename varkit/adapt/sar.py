@@ -36,7 +36,7 @@ from varkit.plans.scales import ScalePlan
 from varkit.plans.step import Step
 from varkit.tokenizers.base import Latents
 from varkit.train.generator_task import NextStepTask
-from varkit.train.lessons import Lesson, WholePlan
+from varkit.train.lessons import Lesson
 from varkit.train.mixed_scales import MixedScales
 from varkit.train.objective import NextStepLoss, teacher_forced, weighed
 
@@ -232,14 +232,12 @@ class SAR:
     def task(self, material: Material) -> RefinementTask:
         """Refinement of a model that predicts codes or bits scale by scale; `UserError` for others."""
         parts = material.parts
-        if isinstance(
-            parts.lessons, MixedScales
-        ):  # a scale by itself has no other scale's predictions to follow
-            parts = replace(parts, lessons=WholePlan(parts.tokenizer, parts.plan))  # type: ignore[arg-type]
-            material = replace(material, parts=parts)
         if not isinstance(parts.plan, ScalePlan) or not isinstance(parts.head, CategoricalHead | BitsHead):
             raise UserError(
                 f"SAR refines models that draw codes or bits scale by scale, not {type(parts.plan).__name__} with "
                 f"{type(parts.head).__name__}; use a model such as digits, or the method finetune"
             )
+        if isinstance(parts.lessons, MixedScales):
+            # A scale by itself has no other's predictions to follow: the whole plan's lessons, which are the default.
+            material = replace(material, parts=replace(parts, lessons=None))
         return RefinementTask(self, material)

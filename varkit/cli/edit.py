@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from varkit.cli.generate import Sampling, check_order, in_order, parse_size, save_picture
+from varkit.cli.generate import Ordered, parse_size, save_picture
 from varkit.errors import UserError
 from varkit.files import ensure_writable
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Edit(Sampling):
+class Edit(Ordered):
     """Draw part of a picture anew: in-painting, out-painting, or another class in its place."""
 
     picture: Positional[Path]
@@ -36,13 +36,6 @@ class Edit(Sampling):
     """HEIGHTxWIDTH in pixels: without mask or box, draw more around the picture up to this size (for a FlexVAR)."""
     place: tuple[float, float] | None = None
     """Y X: where in the larger picture this one lies, from 0 0 (top left) to 1 1 (bottom right); by default amid it."""
-    schedule: str | None = None
-    """Sides of the scales, e.g. 1,2,4,8 or 1x1,2x3,4x6, for a model that takes any (FlexVAR)."""
-    steps: int | None = None
-    """In place of a schedule: how many scales, up to the same finest one."""
-    counts: str | None = None
-    """For a model that refines its scales (HMAR): the tokens that each step settles, by the side of a scale, such as
-    "2:1,3 3:1,1,2,5"; or none."""
     raw: bool = False
     """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
     model: str = "scenes"
@@ -69,7 +62,7 @@ class Edit(Sampling):
             raise UserError(
                 "--place is for drawing more around a picture; add --size, and leave --refine out, or leave it out"
             )
-        check_order(self.schedule, self.steps, self.size)
+        self.check_order(self.size)
         if self.caption is not None and self.label is not None:
             raise UserError(f"caption {self.caption!r} and label {self.label} were given; give one of them")
         if self.n < 1:
@@ -105,9 +98,7 @@ class Edit(Sampling):
 
         size, pipeline = parse_size(self.size), load(self.model).to(find_device(self.device))
         prompt = self.caption if self.label is None else self.label
-        pipeline = in_order(pipeline.sized(size), self.schedule, self.steps)
-        if self.counts is not None:
-            pipeline = pipeline.refined(self.counts)
+        pipeline = self.in_order(pipeline.sized(size))
         if self.refine:
             return refine(pipeline, original, prompt, self.n, self.seed, **self.chosen())
         if size is not None:

@@ -53,8 +53,40 @@ class Sampling:
         return given | ({"smooth": True} if self.smooth else {})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ordered(Sampling):
+    """And other scales, or steps within them, where the model takes any."""
+
+    schedule: str | None = None
+    """Sides of the scales, e.g. 1,2,4,8 or 1x1,2x3,4x6, for a model that takes any (FlexVAR)."""
+    steps: int | None = None
+    """In place of a schedule: how many scales, up to the same finest one."""
+    counts: str | None = None
+    """For a model that refines its scales (HMAR): the tokens that each step settles, by the side of a scale, such as
+    "2:1,3 3:1,1,2,5"; or none."""
+
+    def check_order(self, size: str | None) -> None:
+        """Raise `UserError` for options that say the order of scales twice."""
+        if self.schedule is not None and self.steps is not None:
+            raise UserError("--schedule and --steps were given; give one of them")
+        if self.schedule is not None and size is not None:
+            raise UserError(
+                "--schedule and --size were given; the last side of a schedule is the size already"
+            )
+
+    def in_order(self, pipeline: "Pipeline") -> "Pipeline":
+        """The model in the order that the options ask for."""
+        from varkit.plans.flexible import sides_of
+
+        if self.schedule is not None:
+            pipeline = pipeline.scheduled(sides_of(self.schedule))
+        elif self.steps is not None:
+            pipeline = pipeline.scheduled(self.steps)
+        return pipeline if self.counts is None else pipeline.refined(self.counts)
+
+
 @dataclass(frozen=True)
-class Generate(Sampling):
+class Generate(Ordered):
     """Make pictures from a caption, a label, or a file of prompts."""
 
     caption: Positional[str | None] = None
@@ -79,10 +111,6 @@ class Generate(Sampling):
     """Seed; picture i draws from sample i of it."""
     size: str | None = None
     """HEIGHTxWIDTH in pixels, if the model makes several."""
-    schedule: str | None = None
-    """Sides of the scales, e.g. 1,2,4,8 or 1x1,2x3,4x6, for a model that takes any (FlexVAR)."""
-    steps: int | None = None
-    """In place of a schedule: how many scales, up to the same finest one."""
     out: Path | None = None
     """FILE.png (n > 1 writes FILE-0.png ...) or a folder; by default a name made from the prompt."""
     shard: str | None = None
@@ -104,14 +132,11 @@ class Generate(Sampling):
     """Keep the generator's blocks on disk or in RAM until their turn, for a model larger than memory."""
     tile: int | None = None
     """Decode pictures in tiles of so many pixels a side, for large ones in little memory."""
-    counts: str | None = None
-    """For a model that refines its scales (HMAR): the tokens that each step settles, by the side of a scale, such as
-    "2:1,3 3:1,1,2,5"; or none."""
 
     def __post_init__(self) -> None:
         if self.text_encoder is not None and self.embeddings is not None:
             raise UserError("--text-encoder and --embeddings were given; give one of them")
-        check_order(self.schedule, self.steps, self.size)
+        self.check_order(self.size)
         if self.clean_prompts and self.text_encoder is None:
             raise UserError(
                 "--clean-prompts is for what a text encoder reads; give --text-encoder, or clean in varkit embed"
@@ -165,11 +190,9 @@ class Generate(Sampling):
 
         device = find_device(self.device)
         pipeline = load(self.model, self.dtype, self.offload).to(device).sized(size)
-        pipeline = in_order(pipeline, self.schedule, self.steps)
+        pipeline = self.in_order(pipeline)
         if self.tile is not None:
             pipeline.tiled(self.tile)
-        if self.counts is not None:
-            pipeline = pipeline.refined(self.counts)
         source = self._text_source()
         return pipeline if source is None else pipeline.with_text(source)
 
@@ -311,20 +334,3 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not found:
         raise UserError(f"--size {text!r} is not HEIGHTxWIDTH in pixels; write e.g. 64x64")
     return int(found[1]), int(found[2])
-
-
-def check_order(schedule: str | None, steps: int | None, size: str | None) -> None:
-    """Raise `UserError` for options that say the order of scales twice."""
-    if schedule is not None and steps is not None:
-        raise UserError("--schedule and --steps were given; give one of them")
-    if schedule is not None and size is not None:
-        raise UserError("--schedule and --size were given; the last side of a schedule is the size already")
-
-
-def in_order(pipeline: "Pipeline", schedule: str | None, steps: int | None) -> "Pipeline":
-    """The model in the schedule, or number of steps, that the options ask for."""
-    from varkit.plans.flexible import sides_of
-
-    if schedule is not None:
-        return pipeline.scheduled(sides_of(schedule))
-    return pipeline if steps is None else pipeline.scheduled(steps)
