@@ -23,6 +23,7 @@ from varkit.catalog.models import Store, Trained
 from varkit.cli.adapt import Adapt
 from varkit.cli.main import main
 from varkit.errors import UserError
+from varkit.evaluate.judges import JUDGES
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.flexvar import FlexVARConfig
 from varkit.generators.text import TextConfig
@@ -37,6 +38,13 @@ from varkit.train.self_correction import SelfCorrection
 from varkit.train.tokens import Tokens
 
 class_model = models.class_model
+
+
+@pytest.fixture(autouse=True)
+def bright(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pictures too small for a reader, brightness is rewarded."""
+    brightness = lambda images, prompts: images.mean(axis=(1, 2, 3)) / 255  # noqa: E731
+    monkeypatch.setitem(JUDGES, "scenes", lambda pipeline: brightness)
 
 
 @pytest.fixture
@@ -95,6 +103,13 @@ def test_a_run_resumes_with_the_same_settings_alone(tiny: Path, tmp_path: Path, 
     assert told["settings"]["gamma"] == 0.1 and told["start"] == str(tiny)
 
 
+def test_batch_and_pictures_may_be_told(tiny: Path, tmp_path: Path):
+    words = ["--steps", "1", "--batch", "2", "--pictures", "60"]
+    assert main(["adapt", "finetune", str(tiny), "--out", str(tmp_path / "run"), *words]) == 0
+    told = json.loads((tmp_path / "run" / "generator" / "config.json").read_text())
+    assert '"batch_size": 2' in json.dumps(told) and '"pictures": 60' in json.dumps(told)
+
+
 def test_a_model_of_other_pictures_is_told_by_name(tiny: Path, class_model: Path, tmp_path: Path, capsys):
     out = str(tmp_path / "run")
     assert main(["adapt", "finetune", str(class_model), "--out", out]) == 2
@@ -105,6 +120,8 @@ def test_a_model_of_other_pictures_is_told_by_name(tiny: Path, class_model: Path
     assert "have the label 9, and this model knows 3 classes" in capsys.readouterr().err
     assert main(["adapt", "finetune", str(tiny), "--out", out, "--lr", "2"]) == 2
     assert "--lr is 2.0" in capsys.readouterr().err
+    assert main(["adapt", "finetune", str(tiny), "--out", out, "--batch", "0"]) == 2
+    assert "--batch is 0" in capsys.readouterr().err
     with pytest.raises(UserError, match="captions"):
         check_condition(TextConfig(("a",)), Tokens({"ids": torch.zeros(1, 2).numpy()}), "digits")
 

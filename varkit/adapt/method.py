@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from PIL import Image
 
+from varkit.hub.pipeline import Pipeline
 from varkit.train.generator_task import Forced
 from varkit.train.task import Task
 from varkit.train.tokens import Tokens
@@ -20,7 +21,8 @@ class Material:
     """What a method trains with, by the names of `NextStepTask`.
 
     parts: of the trained model, which are changed in place. recipe: what defines the run, as JSON. condition_drop: the
-    rate at which the condition is left out. draw: makes a sheet of samples.
+    rate at which the condition is left out. draw: makes a sheet of samples. start: the whole model, for methods that
+    draw with it.
     """
 
     parts: Forced
@@ -31,10 +33,11 @@ class Material:
     seed: int = 0
     condition_drop: float = 0.1
     draw: Callable[[], Image.Image] | None = None
+    start: Pipeline | None = None
 
     def keywords(self) -> dict[str, Any]:
-        """The fields by name, as tasks take them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The fields by name, as `NextStepTask` takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "start"}
 
 
 class Method(Protocol):

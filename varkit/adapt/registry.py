@@ -8,6 +8,7 @@ from varkit.errors import unknown_name
 METHODS: dict[str, str] = {
     "finetune": "varkit.adapt.finetune:Finetune",
     "sar": "varkit.adapt.sar:SAR",
+    "reward": "varkit.adapt.reward:Reward",
 }
 
 REFERENCES: dict[str, str] = {"sar": "varkit.adapt.verify_sar:verify"}

@@ -29,21 +29,29 @@ from varkit.train.recipes import Recipe, find_recipe
 from varkit.train.run import Request, Say, begin, check_run, encoded, finish, sheet, stage
 from varkit.train.tokens import Tokens
 
+WARMUP = 0.02
+"""The part of a post-training in which the rate rises."""
+
 
 @dataclass(frozen=True)
 class Adaptation(Request):
     """What a user asked for: as of a training, of which `recipe` gives the pictures and their lessons.
 
     start: the model that goes on, by name or folder. method, settings: how. lr: in place of the method's share of the
-    recipe's.
+    recipe's. batch, pictures: in place of the recipe's pictures of a step, and of all.
     """
 
     method: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
+    batch: int | None = None
+    pictures: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("batch", "pictures"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise UserError(f"--{name} is {count}; give at least 1, or leave it out")
         if self.lr is not None and not 0 < self.lr < 1:
             raise UserError(f"--lr is {self.lr}; give a rate above 0 and below 1, such as 1e-4")
 
@@ -70,7 +78,8 @@ def follow_up(recipe: Recipe, method: Method, steps: int | None) -> Recipe:
     """
     train = recipe.generator.train
     share = None if steps is None else max(1, round(method.share * steps))
-    short = replace(train, steps=share, minutes=None, lr=train.lr * method.lr_share)
+    # A warm-up counted in steps is that of a whole training.
+    short = replace(train, steps=share, minutes=None, lr=train.lr * method.lr_share, warmup=WARMUP)
     return replace(
         recipe,
         name=f"{recipe.name}-{name_of(method)}",
@@ -114,23 +123,26 @@ def adapt(
     train = request.apply(recipe.generator.train, 1.0)
     if request.lr is not None:
         train = replace(train, lr=request.lr)
+    batch_size = request.batch or recipe.generator.batch_size
     start.to(request.place)
     parts = _parts(start, recipe)
     say = begin(root, request, resume, say)
-    tokens, held_out = encoded(start.tokenizer, dataset, recipe.generator.pictures, root, say)
+    tokens, held_out = encoded(
+        start.tokenizer, dataset, request.pictures or recipe.generator.pictures, root, say
+    )
     check_condition(start.condition, tokens, request.recipe)
     settings = {
         "method": request.method,
         "settings": asdict(method),  # type: ignore[call-overload]
         "generator": to_json(start.configs["generator"]),
-        "batch_size": recipe.generator.batch_size,
+        "batch_size": batch_size,
         "pictures": len(tokens),
         "lessons": parts.lessons.settings if parts.lessons else {},
     }
     task = method.task(
         Material(
-            parts, tokens, held_out, request.micro_batch(recipe.generator.batch_size), settings, request.seed,
-            recipe.generator.condition_drop, draw=lambda: sheet(start, prompts_for(start, recipe)),
+            parts, tokens, held_out, request.micro_batch(batch_size), settings, request.seed,
+            recipe.generator.condition_drop, draw=lambda: sheet(start, prompts_for(start, recipe)), start=start,
         )
     )  # fmt: skip
     say(f"training by {request.method}")

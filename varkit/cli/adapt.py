@@ -17,7 +17,7 @@ class Adapt:
     """Go on with a trained model by a method of post-training.
 
     varkit adapt METHOD MODEL --out RUN; methods: finetune (train on, on the same or other pictures), sar (refine a
-    next-scale model on its own predictions).
+    next-scale model on its own predictions), reward (learn from verdicts on one's own pictures).
     varkit adapt METHOD --help tells a method's own options.
     """
 
@@ -33,6 +33,10 @@ class Adapt:
     """How long to train, in place of steps; turned into steps once."""
     lr: float | None = None
     """Highest learning rate; by default a part of the recipe's."""
+    batch: int | None = None
+    """Pictures in a step; by default the recipe's."""
+    pictures: int | None = None
+    """Pictures to encode and learn from, of a finite set at least all; by default the recipe's."""
     resume: bool = False
     """Go on with the training in --out where it stopped."""
     seed: int = 0
@@ -84,7 +88,7 @@ class _By(Adapt):
             request = Adaptation(
                 source, self.minutes, self.steps, None, self.seed, self.compile,
                 self.accumulation, start=self.model, device=self.device, system=system, method=self.method,
-                settings=told, lr=self.lr,
+                settings=told, lr=self.lr, batch=self.batch, pictures=self.pictures,
             )  # fmt: skip
             if ranks.first:
                 check_run(self.out, request, self.resume)

@@ -70,8 +70,11 @@ class NextStepTask(Task):
 
     def batch(self, step: int, micro: int) -> tuple[Latents, dict[str, Tensor]]:
         """Latents (B, L, ...) and the condition (B, ...): each epoch goes once through a seeded permutation."""
-        rows = [self._row(step * self.batch_size + i, micro) for i in range(self.batch_size)]
-        return self._take(self.tokens, np.array(rows))
+        return self.take(self.tokens, self.rows(step, micro))
+
+    def rows(self, step: int, micro: int) -> np.ndarray:
+        """Which items the micro-batch is made of, (B,)."""
+        return np.array([self._row(step * self.batch_size + i, micro) for i in range(self.batch_size)])
 
     def _row(self, position: int, micro: int) -> int:
         epoch, place = divmod(position, len(self.tokens))
@@ -83,7 +86,8 @@ class NextStepTask(Task):
             )
         return int(self._order[1][place])
 
-    def _take(self, tokens: Tokens, rows: np.ndarray) -> tuple[Latents, dict[str, Tensor]]:
+    def take(self, tokens: Tokens, rows: np.ndarray) -> tuple[Latents, dict[str, Tensor]]:
+        """Latents (B, L, ...) and the condition (B, ...) of items."""
         latents = tokens.take(rows)
         config = self.objective.generator.config.condition  # type: ignore[union-attr]
         if isinstance(config, TextConfig):
@@ -110,7 +114,7 @@ class NextStepTask(Task):
         others: dict[str, list[Tensor]] = {}
         for start in range(0, min(512, len(self.held_out)), 64):
             rows = np.arange(start, min(start + 64, len(self.held_out)))
-            latents, condition = self._take(self.held_out, rows)
+            latents, condition = self.take(self.held_out, rows)
             condition = placed(condition, device_of(self.objective.generator))
             losses.append(self.objective.losses(self.lessons.lesson(latents), condition))
             if isinstance(self.lessons, HeldOutLessons):
