@@ -29,7 +29,7 @@ demo: $(STAMP)
 		'three blue stars on a beige background' \
 		'a green ring left of an orange heart' \
 		'a small white cross above a large purple square on a navy background' > demo/prompts.txt
-	$(BIN)/varkit generate --model scenes --prompts demo/prompts.txt --seed 0 --previews --out demo/
+	$(BIN)/varkit generate --prompts demo/prompts.txt --seed 0 --previews --out demo/
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -2,7 +2,7 @@
 
 import varkit
 
-pipeline = varkit.load("scenes")
+pipeline = varkit.load("scenes-tidy")
 prompts = ["three blue stars on a beige background", "a green ring left of an orange heart"]
 for i, image in enumerate(pipeline.generate(prompts, seed=0)):
     image.save(f"scene-{i}.png")

@@ -17,6 +17,6 @@ picture.save("before.png")
 
 redraw = box_mask((picture.height, picture.width), (0.0, 0.5, 1.0, 1.0))
 caption = "a yellow star left of a blue circle on a grey background"
-edited = inpaint(varkit.load("scenes"), picture, redraw, caption, n=3, seed=0)
+edited = inpaint(varkit.load("scenes-tidy"), picture, redraw, caption, n=3, seed=0)
 for i, image in enumerate(paste(edited, picture, redraw)):
     image.save(f"after-{i}.png")

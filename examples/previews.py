@@ -7,7 +7,7 @@ caller: stop early, show a progress bar, or look at something other than pixels.
 import varkit
 from varkit.pictures import grid
 
-pipeline = varkit.load("scenes")
+pipeline = varkit.load("scenes-tidy")
 prompt = "a small white cross above a large purple square on a navy background"
 
 frames = []

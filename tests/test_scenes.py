@@ -22,8 +22,9 @@ from varkit.data.captions import (
     words,
     write,
 )
+from varkit.data.registry import open_dataset
 from varkit.data.render import COLOURS, FORBIDDEN, SHAPES, SIZES, components, paint, stamp
-from varkit.data.scenes import Scene, SceneObject, Scenes, split_of, visible_fractions
+from varkit.data.scenes import JITTER, Scene, SceneObject, Scenes, split_of, visible_fractions
 from varkit.errors import UserError
 
 N = 600
@@ -52,12 +53,50 @@ def requirements(draw: st.DrawFn) -> Requirement:
     return Requirement(phrases, relation, draw(st.sampled_from([None, *allowed])))
 
 
+# --- tidy scenes ---------------------------------------------------------------------------------------
+
+
+def test_tidy_scenes_say_the_same_and_stand_in_few_places() -> None:
+    kinds: Counter[str] = Counter()
+    for index in range(300):
+        tidy, plain = Scenes("test", 5, tidy=True)[index], Scenes("test", 5)[index]
+        said = parse(tidy.caption)
+        kinds[said.category] += 1
+        assert said.content == parse(plain.caption).content and tidy.content == plain.content
+        for a, b in itertools.combinations(tidy.objects, 2):
+            reach = (SIZES[a.size] + SIZES[b.size]) / 2
+            assert max(abs(a.x - b.x), abs(a.y - b.y)) > reach + 0.07
+        for thing in tidy.objects:
+            off = [min(abs(at - place) for place in (0.25, 0.5, 0.75)) for at in (thing.x, thing.y)]
+            assert max(off) <= JITTER + 1e-9
+        if said.category == "counting":
+            assert len({thing.size for thing in tidy.objects}) == 1
+        if len(said.phrases) == 2:
+            a, b = (
+                next(t for t in tidy.objects if (t.shape, t.colour) == (p.shape, p.colour))
+                for p in said.phrases
+            )
+            along = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
+            assert along[said.relation or "left of"] > 0.4
+    assert set(kinds) == set(CATEGORIES)
+
+
+def test_tidy_scenes_are_a_data_set_of_their_own() -> None:
+    tidy = open_dataset("scenes-tidy")
+    unseen = tidy.split("validation")
+    captions = unseen.batch(range(20), (64, 64)).captions
+    assert captions == [Scenes("test", 0, tidy=True)[index].caption for index in range(20)]
+    plain = open_dataset("scenes").split("validation").batch(range(20), (64, 64))
+    assert not np.array_equal(plain.images, unseen.batch(range(20), (64, 64)).images)
+
+
 # --- determinism and the split -------------------------------------------------------------------------
 
 
 def test_a_scene_is_a_pure_function_of_split_seed_and_index() -> None:
-    forward = [Scenes("train", 1)[i] for i in range(20)]
-    assert [Scenes("train", 1)[i] for i in reversed(range(20))] == forward[::-1]
+    for tidy in (True, False):
+        forward = [Scenes("train", 1, tidy=tidy)[i] for i in range(20)]
+        assert [Scenes("train", 1, tidy=tidy)[i] for i in reversed(range(20))] == forward[::-1]
     assert list(itertools.islice(Scenes("train", 1), 20)) == forward
     assert Scenes("train", 2)[0] != forward[0] and Scenes("test", 1)[0] != forward[0]
     assert Scenes("train", 1)[np.array([5])[0]] == forward[5]
@@ -71,6 +110,8 @@ def test_scenes_never_change_between_versions() -> None:
         "against a grey background, a yellow cross left of one black circle",
     ]
     assert Scenes("train")[0].image().sum() == 1042645
+    assert Scenes("train", tidy=True)[6].caption == "three small purple rings on a navy background"
+    assert Scenes("train", tidy=True)[6].image().sum() == 636829
 
 
 def test_batch_equals_single_scenes() -> None:

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from tests import models
 from varkit.cli import main as cli
 from varkit.cli.listening import address, listen, named_models
+from varkit.cli.models import DEFAULT_MODEL
 from varkit.errors import UserError
 from varkit.hub.pipeline import Pipeline
 from varkit.studio.app import create_app
@@ -89,7 +90,7 @@ def test_visitors_see_the_last_part_of_a_folder_where_it_tells_all_apart(class_m
     other.symlink_to(class_model)
     assert list(named_models([str(class_model), "digits"])) == [class_model.name, "digits"]
     assert list(named_models([str(class_model), str(other)])) == [str(class_model), str(other)]
-    assert list(named_models([]))[0] == "scenes"
+    assert list(named_models([]))[0] == DEFAULT_MODEL
 
 
 @pytest.fixture(scope="module")

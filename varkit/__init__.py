@@ -1,7 +1,7 @@
 """varkit: visual autoregressive models, from pixels to pictures, on one engine.
 
     import varkit
-    images = varkit.load("scenes").generate(["two red circles on a beige background"], seed=0)
+    images = varkit.load("scenes-tidy").generate(["two red circles on a beige background"], seed=0)
 
 Nothing heavy is imported until it is used.
 """

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from varkit.cli.console import log, print_json, print_table
+from varkit.cli.models import DEFAULT_MODEL
 from varkit.errors import UserError
 
 
@@ -13,7 +14,7 @@ from varkit.errors import UserError
 class Bench:
     """Time one picture at a time, and state what this machine could do at best."""
 
-    what: Positional[str] = "scenes"
+    what: Positional[str] = DEFAULT_MODEL
     """A model by name or folder, or a released size with random weights: var-d16, mar-base, infinity-125m, ..."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from varkit.cli.generate import Ordered, parse_size, save_picture
+from varkit.cli.models import DEFAULT_MODEL
 from varkit.errors import UserError
 from varkit.files import ensure_writable
 
@@ -38,7 +39,7 @@ class Edit(Ordered):
     """Y X: where in the larger picture this one lies, from 0 0 (top left) to 1 1 (bottom right); by default amid it."""
     raw: bool = False
     """Keep the tokenizer's version of the kept parts, instead of the original pixels."""
-    model: str = "scenes"
+    model: str = DEFAULT_MODEL
     """A bundled model, a saved folder, or a training's output folder."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ...; by default CUDA's first device if there is one."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from varkit.cli.console import progress
+from varkit.cli.models import DEFAULT_MODEL
 from varkit.errors import UserError
 from varkit.files import atomic_write, ensure_writable
 
@@ -91,7 +92,7 @@ class Generate(Ordered):
 
     caption: Positional[str | None] = None
     """What to draw, for a text model; the name of a class, for a class model."""
-    model: str = "scenes"
+    model: str = DEFAULT_MODEL
     """A bundled model, a saved folder, or a training's output folder."""
     label: int | None = None
     """What to draw, for a class model: a label."""

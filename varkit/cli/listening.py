@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from varkit.cli.models import DEFAULT_MODEL
 from varkit.errors import UserError
 
 if TYPE_CHECKING:
     from varkit.hub.pipeline import Pipeline
 
-DEFAULT = "scenes"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 WAITING = 128
@@ -61,7 +61,7 @@ def named_models(words: Sequence[str]) -> "dict[str, Pipeline]":
     """
     from varkit.hub.pipeline import bundled, load
 
-    words = words or sorted(bundled(), key=lambda name: name != DEFAULT)
+    words = words or sorted(bundled(), key=lambda name: name != DEFAULT_MODEL)
     if not words:
         raise UserError("no model comes with this installation; give one with --model FOLDER")
     short = [Path(word).name for word in words]

@@ -45,9 +45,16 @@ def _scenes() -> Dataset:
     return SceneSet()
 
 
+def _tidy_scenes() -> Dataset:
+    from varkit.data.scene_set import SceneSet
+
+    return SceneSet(tidy=True)
+
+
 BUILT_IN: dict[str, Callable[[], Dataset]] = {
     "digits": _digits,
     "emoji": _emoji,
     "photographs": _photographs,
     "scenes": _scenes,
+    "scenes-tidy": _tidy_scenes,
 }

@@ -10,13 +10,13 @@ from varkit.data.scenes import Scenes
 
 
 class SceneSet:
-    """`split("validation")` gives unseen combinations of objects (the scenes' test split)."""
+    """`split("validation")` gives unseen combinations of objects (the scenes' test split). tidy: `Scenes.tidy`."""
 
     size: int | None = None
     class_names: list[str] | None = None
 
-    def __init__(self, split: str = "train", seed: int = 0) -> None:
-        self.scenes = Scenes(split, seed)
+    def __init__(self, split: str = "train", seed: int = 0, tidy: bool = False) -> None:
+        self.scenes = Scenes(split, seed, tidy=tidy)
         self.report = Report()
 
     def batch(self, indices: Sequence[int], side: Side, crops: np.ndarray | None = None) -> Batch:
@@ -27,4 +27,4 @@ class SceneSet:
 
     def split(self, part: Literal["train", "validation"]) -> Dataset:
         """The other split of the same world and seed."""
-        return SceneSet("train" if part == "train" else "test", self.scenes.seed)
+        return SceneSet("train" if part == "train" else "test", self.scenes.seed, self.scenes.tidy)

@@ -38,6 +38,14 @@ __all__ = ["Scene", "SceneObject", "Scenes", "split_of", "visible_fractions"]
 SPLITS = ("train", "test")
 MARGIN = 0.02  # between an object and the border
 GAP = 0.05  # between two objects of one colour
+QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
+PLACES = {
+    "left of": ((0.25, 0.5), (0.75, 0.5)),
+    "right of": ((0.75, 0.5), (0.25, 0.5)),
+    "above": ((0.5, 0.25), (0.5, 0.75)),
+    "below": ((0.5, 0.75), (0.5, 0.25)),
+}  # of two objects of a tidy scene
+JITTER = 0.03125  # of tidy objects, along each axis
 MIN_VISIBLE = 0.7  # at 64 x 64; leaves room for rounding at other sizes, so that 0.6 holds everywhere
 ACROSS = 0.6  # a stated relation is off its axis by at most this share of the distance along it
 SAY_SIZE, SAY_BACKGROUND = 0.3, 0.35  # how often a caption mentions them
@@ -91,11 +99,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Scenes:
-    """The endless scenes of one split: `scenes[i]` is a `Scene`, `scenes.batch(indices)` training data."""
+    """The endless scenes of one split: `scenes[i]` is a `Scene`, `scenes.batch(indices)` training data.
+
+    tidy: objects stand in a few places, where they are easy to draw (`_tidily`); captions say the same.
+    """
 
     split: str
     seed: int = 0
     side: int = 64
+    tidy: bool = False
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -110,7 +122,7 @@ class Scenes:
         category = pick(CATEGORIES, rng)
         while split_of((requirement := _requirement(category, rng)).content) != self.split:
             pass
-        objects = _arrange(requirement, rng)
+        objects = (_tidily if self.tidy else _arrange)(requirement, rng)
         allowed = backgrounds_for([phrase.colour for phrase in requirement.phrases])
         return Scene(objects, requirement.background or pick(allowed, rng), write(requirement, rng))
 
@@ -184,6 +196,21 @@ def _arrange(requirement: Requirement, rng: random.Random) -> tuple[SceneObject,
         order = sorted(objects, key=lambda _: rng.random())
         if not any(_near(a, b, 0.0) for i, a in enumerate(order) for b in order[:i]) or _well_visible(order):
             return tuple(order)
+
+
+def _tidily(requirement: Requirement, rng: random.Random) -> tuple[SceneObject, ...]:
+    """Place one object in the middle, two side by side in the order of mention or as the caption says, more in quarters
+    in reading order, all with a little jitter; like objects are of one size.
+    """
+    kinds = []
+    for phrase in requirement.phrases:
+        size = phrase.size or pick(_SIZES, rng)
+        kinds += [(phrase.shape, phrase.colour, size)] * phrase.count
+    places = QUARTERS[: len(kinds)]
+    if len(kinds) < 3:
+        places = PLACES[requirement.relation or "left of"] if len(kinds) == 2 else ((0.5, 0.5),)
+    jittered = [[at + (2 * rng.random() - 1) * JITTER for at in place] for place in places]
+    return tuple(SceneObject(*kind, x, y) for kind, (x, y) in zip(kinds, jittered, strict=True))
 
 
 def _scatter(kinds: Sequence[tuple[str, str, str]], rng: random.Random) -> list[SceneObject] | None:

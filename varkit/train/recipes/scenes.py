@@ -67,6 +67,11 @@ def scenes() -> Recipe:
     )
 
 
+def scenes_tidy() -> Recipe:
+    """The same over tidy scenes: what `scenes` is fine-tuned on to become the bundled model of that name."""
+    return replace(scenes(), name="scenes-tidy", dataset="scenes-tidy")
+
+
 def small_scenes() -> Recipe:
     """`scenes` as it is trained on a CPU: what other systems begin with."""
     base = scenes()
