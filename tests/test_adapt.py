@@ -12,6 +12,7 @@ import torch
 from tests import models
 from tests.contracts import CASES, true_latents
 from tests.models import tiny_pipeline, tiny_recipe
+from tests.test_reward import brightness
 from varkit import load
 from varkit.adapt.exposure import exposure
 from varkit.adapt.finetune import Finetune
@@ -43,7 +44,6 @@ class_model = models.class_model
 @pytest.fixture(autouse=True)
 def bright(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of pictures too small for a reader, brightness is rewarded."""
-    brightness = lambda images, prompts: images.mean(axis=(1, 2, 3)) / 255  # noqa: E731
     monkeypatch.setitem(JUDGES, "scenes", lambda pipeline: brightness)
 
 

@@ -34,7 +34,7 @@ from varkit.hub.prompts import Prompt
 from varkit.pictures import to_array
 from varkit.plans.base import StaticPlan
 from varkit.tokenizers.base import Latents
-from varkit.train.generator_task import NextStepTask
+from varkit.train.generator_task import NextStepTask, drawing
 from varkit.train.lessons import WholePlan
 from varkit.train.objective import teacher_forced
 
@@ -59,6 +59,9 @@ class RewardTask(NextStepTask):
         self.whole, self.judge = lessons, judge
         self.step = lessons.plan.training_step(settings.first or None)
         self.progress = lessons.plan.progress(steps_of(self.step, torch.zeros(1, dtype=torch.int64)))
+        sampling = self.pipeline.sampling()
+        self.combine, self.cold = sampling.combine(), Sampler(sampling.temperature)
+        self.slopes = slopes(sampling, self.progress)
 
     def batch(self, step: int, micro: int) -> Batch:  # type: ignore[override]
         """Latents, conditions and prompts of the B / G pictures whose prompts are drawn."""
@@ -86,18 +89,13 @@ class RewardTask(NextStepTask):
     @torch.no_grad()
     def drawn(self, condition: Condition, prompts: list[Prompt]) -> tuple[Latents, Tensor]:
         """Latents (B, L, ...) of G pictures for each of the prompts, and their rewards (B / G, G)."""
-        group, modules = self.settings.group, self.modules.values()
-        repeated = {name: values.repeat_interleave(group, dim=0) for name, values in condition.items()}
+        group = self.settings.group
         asked = [prompt for prompt in prompts for _ in range(group)]
-        training = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        told = {name: values[None] for name, values in repeated.items()}
+        told = {name: values.repeat_interleave(group, dim=0)[None] for name, values in condition.items()}
         seed = int(torch.randint(2**62, ()))
-        state = self.pipeline.start_from(told, seed, range(len(asked)), self.pipeline.settings)
-        canvas = run(self.pipeline.model, state).canvas
-        for module, was in zip(modules, training, strict=True):
-            module.train(was)
+        with drawing(self.modules.values()):
+            state = self.pipeline.start_from(told, seed, range(len(asked)), self.pipeline.settings)
+            canvas = run(self.pipeline.model, state).canvas
         rewards = self.judge(to_array(canvas.preview()), asked)
         return canvas.latents(), torch.from_numpy(rewards).float().view(-1, group)
 
@@ -116,18 +114,17 @@ class RewardTask(NextStepTask):
         """What the gradient is of: the mean over targets of w log pi of the values on a filled canvas, (B,)."""
         generator, head, step = self.objective.generator, self.objective.head, self.step
         assert isinstance(head, CategoricalHead | BitsHead)
-        settings = self.pipeline.sampling(self.pipeline.settings)
-        combine, progress = settings.combine(), self.progress.expand(canvas.batch, -1)
+        progress = self.progress.expand(canvas.batch, -1)
         branches = head.logits(teacher_forced(generator, canvas, step, condition)).float()[None]
-        if not combine.off:
+        if not self.combine.off:
             with torch.no_grad():
                 null = generator.conditioner.null(condition)
                 away = head.logits(teacher_forced(generator, canvas, step, null)).float()
             branches = torch.cat([branches, away[None]])
         chosen = gather_positions(next(iter(values.values())), step.target).long()
-        cold = Sampler(settings.temperature).filtered(combine(branches, progress), progress)
-        log_pi = cold.log_softmax(dim=-1).gather(-1, chosen[..., None]).flatten(2).sum(dim=-1)
-        return (log_pi * slopes(settings, progress).to(log_pi)).mean(dim=1)
+        guided = self.cold.filtered(self.combine(branches, progress), progress)
+        log_pi = guided.log_softmax(dim=-1).gather(-1, chosen[..., None]).flatten(2).sum(dim=-1)
+        return (log_pi * self.slopes.to(log_pi)).mean(dim=1)
 
 
 def slopes(settings: Settings, progress: Tensor) -> Tensor:

@@ -38,14 +38,16 @@ __all__ = ["Scene", "SceneObject", "Scenes", "split_of", "visible_fractions"]
 SPLITS = ("train", "test")
 MARGIN = 0.02  # between an object and the border
 GAP = 0.05  # between two objects of one colour
-QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
-PLACES = {
+# Where objects of a tidy scene stand: one, two by how the first stands to the second, three or four.
+MIDDLE = ((0.5, 0.5),)
+PAIRS = {
     "left of": ((0.25, 0.5), (0.75, 0.5)),
     "right of": ((0.75, 0.5), (0.25, 0.5)),
     "above": ((0.5, 0.25), (0.5, 0.75)),
     "below": ((0.5, 0.75), (0.5, 0.25)),
-}  # of two objects of a tidy scene
-JITTER = 0.03125  # of tidy objects, along each axis
+}
+QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
+JITTER = 0.03125  # along each axis
 MIN_VISIBLE = 0.7  # at 64 x 64; leaves room for rounding at other sizes, so that 0.6 holds everywhere
 ACROSS = 0.6  # a stated relation is off its axis by at most this share of the distance along it
 SAY_SIZE, SAY_BACKGROUND = 0.3, 0.35  # how often a caption mentions them
@@ -206,10 +208,8 @@ def _tidily(requirement: Requirement, rng: random.Random) -> tuple[SceneObject, 
     for phrase in requirement.phrases:
         size = phrase.size or pick(_SIZES, rng)
         kinds += [(phrase.shape, phrase.colour, size)] * phrase.count
-    places = QUARTERS[: len(kinds)]
-    if len(kinds) < 3:
-        places = PLACES[requirement.relation or "left of"] if len(kinds) == 2 else ((0.5, 0.5),)
-    jittered = [[at + (2 * rng.random() - 1) * JITTER for at in place] for place in places]
+    places = {1: MIDDLE, 2: PAIRS[requirement.relation or "left of"]}.get(len(kinds), QUARTERS)
+    jittered = [[at + (2 * rng.random() - 1) * JITTER for at in place] for place in places[: len(kinds)]]
     return tuple(SceneObject(*kind, x, y) for kind, (x, y) in zip(kinds, jittered, strict=True))
 
 

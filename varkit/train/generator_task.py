@@ -2,7 +2,8 @@
 them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,19 @@ from varkit.train.lessons import HeldOutLessons, Lessons, WholePlan
 from varkit.train.objective import NextStepLoss
 from varkit.train.task import Phase, Task
 from varkit.train.tokens import Tokens
+
+
+@contextmanager
+def drawing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Modules in training draw meanwhile: nothing is dropped."""
+    before = [(module, module.training) for module in modules]
+    for module, _ in before:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.train(was)
 
 
 @dataclass(frozen=True)

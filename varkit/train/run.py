@@ -29,7 +29,7 @@ from varkit.tokenizers.base import Tokenizer
 from varkit.tokenizers.kl import KL
 from varkit.tokenizers.map_vq import MapVQ
 from varkit.tokenizers.residual import QuantizedTokenizer
-from varkit.train.generator_task import Forced, NextStepTask
+from varkit.train.generator_task import Forced, NextStepTask, drawing
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.map_task import MapTask
@@ -397,11 +397,6 @@ def stage(task: Task, config: TrainConfig, folder: Path, sharded: bool = False) 
 
 def sheet(pipeline: Pipeline, prompts: Sequence[str | int]) -> Image.Image:
     """Two samples a prompt, in columns."""
-    modules = [pipeline.generator, pipeline.model.heads["main"]]
-    training = [m.training for m in modules]  # type: ignore[union-attr]
-    for module in modules:
-        module.eval()  # type: ignore[union-attr]
-    images = pipeline.generate(list(prompts), n=2, seed=0, batch_size=2 * len(prompts))
-    for module, was in zip(modules, training, strict=True):
-        module.train(was)  # type: ignore[union-attr]
+    with drawing((pipeline.generator, pipeline.model.heads["main"])):
+        images = pipeline.generate(list(prompts), n=2, seed=0, batch_size=2 * len(prompts))
     return grid(images[0::2] + images[1::2], columns=len(prompts))
