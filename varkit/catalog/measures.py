@@ -95,6 +95,23 @@ def scenes_right(n: int) -> Metric:
     return Metric("scene score", measure)
 
 
+def scenes_rebuilt(dataset: str, n: int) -> Metric:
+    """The same score of n held-out pictures that the tokenizer has rebuilt: what a perfect generator would have."""
+
+    def measure(subject: Subject) -> float:
+        from varkit.data.registry import open_dataset
+        from varkit.evaluate.geneval import report, score
+        from varkit.pictures import to_array, to_tensor
+
+        tokenizer, size = subject.pipeline.tokenizer, subject.pipeline.size
+        batch = open_dataset(dataset).split("validation").batch(range(n), size)
+        assert batch.captions is not None
+        rebuilt = to_array(tokenizer.decode(tokenizer.encode(to_tensor(batch.images))))
+        return report(map(score, rebuilt, batch.captions))["overall"]
+
+    return Metric("scene score rebuilt", measure)
+
+
 def halves_completed(n: int) -> tuple[Metric, Metric]:
     """Of n held-out digits without their lower half: the share read rightly once it is drawn anew, and the error above.
 

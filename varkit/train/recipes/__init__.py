@@ -18,19 +18,21 @@ from varkit.train.recipes.mar import mar_scenes
 from varkit.train.recipes.markov import markov_digits, markov_digits_mixed
 from varkit.train.recipes.nfig import nfig_digits
 from varkit.train.recipes.recipe import FurtherRecipe, GeneratorRecipe, Recipe, TokenizerRecipe
-from varkit.train.recipes.scenes import scenes, scenes_tidy
+from varkit.train.recipes.scenes import scenes, scenes_small, scenes_tidy
 from varkit.train.recipes.systems import of_system
 
 __all__ = [
     "RECIPES", "FurtherRecipe", "GeneratorRecipe", "Recipe", "TokenizerRecipe", "digit_grid",
     "digit_scales", "digits", "digits_raster", "find_recipe", "flexvar_digits", "folder_recipe",
     "hmar_digits", "infinity_scenes", "llamagen_scenes", "m_var_digits", "mar_scenes", "markov_digits",
-    "markov_digits_mixed", "nfig_digits", "scenes", "scenes_tidy",
+    "markov_digits_mixed", "nfig_digits", "scenes", "scenes_small",
+    "scenes_tidy",
 ]  # fmt: skip
 
 RECIPES = {
     "scenes": scenes,
     "scenes-tidy": scenes_tidy,
+    "scenes-small": scenes_small,
     "infinity-scenes": infinity_scenes,
     "llamagen-scenes": llamagen_scenes,
     "mar-scenes": mar_scenes,

@@ -8,7 +8,7 @@ from varkit.generators.text import TextConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.bitwise import BitwiseConfig
 from varkit.train.recipes.recipe import Recipe, next_scale
-from varkit.train.recipes.scenes import small_scenes
+from varkit.train.recipes.scenes import scenes_small
 from varkit.train.self_correction import SelfCorrection
 
 BITS = 16
@@ -36,5 +36,5 @@ def infinity(base: Recipe) -> Recipe:
 
 
 def infinity_scenes() -> Recipe:
-    """Captioned scenes; the small text encoder stands in for flan-t5-xl, and the pyramid is that of `scenes`."""
-    return replace(infinity(small_scenes()), name="infinity-scenes")
+    """Captioned scenes; the small text encoder stands in for flan-t5-xl."""
+    return replace(infinity(scenes_small()), name="infinity-scenes")

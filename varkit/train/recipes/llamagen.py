@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from varkit.generators.llamagen import LlamaGenConfig
+from varkit.generators.text import TextConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.patch import PatchEncoderConfig
 from varkit.tokenizers.vq import VQConfig
@@ -10,19 +11,21 @@ from varkit.train.lessons import WholePlan
 from varkit.train.recipes.digit_scales import digit_scales
 from varkit.train.recipes.digits import digits
 from varkit.train.recipes.recipe import Recipe, next_scale
-from varkit.train.recipes.scenes import CONV, GENERATOR_TRAIN, small_scenes
+from varkit.train.recipes.scenes import scenes_small
 
 
 def llamagen(base: Recipe) -> Recipe:
-    """The base's finest scale alone, in raster order. A block has 12 C^2 weights, and VAR's 18 where it modulates by
-    itself; so there are half as many again, which gives the parameters of `digits` within 7 %.
+    """The base's finest scale alone, in raster order, at the base's parameters within 7 % by as many more blocks.
+
+    A block has 12 C^2 weights, VAR's 6 C^2 more where it modulates by itself and 4 C^2 where it attends to words.
     """
     pyramid, var = next_scale(base)
     grid = VQConfig(
         pyramid.conv, pyramid.vocab_size, pyramid.code_channels, pyramid.schedule[-1], normalize=False,
         rate=pyramid.rate, encoder=pyramid.encoder,
     )  # fmt: skip
-    depth = var.depth if var.shared_modulation else var.depth * 3 // 2
+    block = 12 + (0 if var.shared_modulation else 6) + (4 if isinstance(var.condition, TextConfig) else 0)
+    depth = var.depth * block // 12
     generator = LlamaGenConfig(
         depth, var.width, var.heads, grid.vocab_size, var.condition, multiple_of=64, drop_path=var.drop_path
     )
@@ -48,18 +51,18 @@ def llamagen_scenes() -> Recipe:
     """Behind the words of captions, at patches of 4 pixels: without coarser scales to add to, a code for 8 x 8 pixels
     says too little of a shape.
     """
-    base = llamagen(small_scenes())
-    conv = replace(CONV, multipliers=(1,))
-    tokenizer = VQConfig(
-        conv, vocab_size=1024, code_channels=8, grid=16, rate=1.0, encoder=PatchEncoderConfig()
+    base = llamagen(scenes_small())
+    config = base.tokenizer.config
+    assert isinstance(config, VQConfig)
+    tokenizer = replace(
+        config,
+        conv=replace(config.conv, multipliers=(1,)),
+        code_channels=8,
+        grid=16,
+        normalize=True,
+        encoder=PatchEncoderConfig(width=192),
     )
-    part = replace(
-        base.generator,
-        train=replace(GENERATOR_TRAIN, steps=12_000, lr=1.5e-3),
-        batch_size=32,
-        pictures=192_000,
-        settings=Settings(guidance=2.5, top_p=0.95),
-    )
+    part = replace(base.generator, settings=Settings(guidance=2.5, top_p=0.95))
     return replace(
         base, name="llamagen-scenes", tokenizer=replace(base.tokenizer, config=tokenizer), generator=part
     )

@@ -8,7 +8,7 @@ from varkit.hub.pipeline import Settings
 from varkit.tokenizers.kl import KLConfig
 from varkit.train.masked_lessons import MaskedLessons
 from varkit.train.recipes.recipe import Recipe, next_scale
-from varkit.train.recipes.scenes import small_scenes
+from varkit.train.recipes.scenes import scenes_small
 
 CLASS_SLOTS = 16
 
@@ -33,4 +33,4 @@ def mar(base: Recipe) -> Recipe:
 
 def mar_scenes() -> Recipe:
     """Captioned scenes, of 64 tokens."""
-    return replace(mar(small_scenes()), name="mar-scenes")
+    return replace(mar(scenes_small()), name="mar-scenes")
