@@ -324,6 +324,20 @@ def test_rows_turn_the_first_half_of_the_pairs_and_columns_the_second():
 # Check 5: the start
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotating_by_complex_numbers_is_rotating(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    coords, blank = torch.rand(2, 5, 2), torch.rand(2, 5) < 0.3
+    rotary = Rotary(rotary_angles(coords, 16), blank)
+    q = torch.randn(2, 5, 3, 16).to(dtype).transpose(1, 2).requires_grad_()
+    ours, plain = rotary(q), rotary.plainly(q)
+    torch.testing.assert_close(ours, plain)
+    assert not ours[blank[:, None].expand(2, 3, 5)].any()
+    outer = torch.randn_like(ours)
+    pair = [torch.autograd.grad(out, q, outer)[0] for out in (ours, plain)]
+    torch.testing.assert_close(*pair)
+
+
 @pytest.mark.parametrize("condition", [ClassConfig(5), TEXT])
 def test_the_loss_begins_at_the_logarithm_of_the_vocabulary(condition):
     config = replace(BASE.generator, condition=condition)
