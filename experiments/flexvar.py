@@ -155,7 +155,7 @@ def whole_digits_read(n: int) -> Metric:
         read = classifier((32, 32))[0](images)
         return float((read == np.array(asked)).mean())
 
-    return Metric("digits read", measure)
+    return Metric("digits read", measure, key=str(n))
 
 
 STEPS = Part(

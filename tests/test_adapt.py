@@ -23,6 +23,7 @@ from varkit.adapt.sar import SAR
 from varkit.catalog.models import Store, Trained
 from varkit.cli.adapt import Adapt
 from varkit.cli.main import main
+from varkit.data.registry import open_dataset
 from varkit.errors import UserError
 from varkit.evaluate.judges import JUDGES
 from varkit.generators.conditioning import ClassConfig
@@ -36,7 +37,7 @@ from varkit.train.masked_lessons import MaskedLessons
 from varkit.train.recipes import RECIPES, GeneratorRecipe, Recipe, find_recipe, folder
 from varkit.train.schedule_lessons import ScheduleLessons
 from varkit.train.self_correction import SelfCorrection
-from varkit.train.tokens import Tokens
+from varkit.train.tokens import Tokens, no_more_than_seen
 
 class_model = models.class_model
 
@@ -108,6 +109,14 @@ def test_batch_and_pictures_may_be_told(tiny: Path, tmp_path: Path):
     assert main(["adapt", "finetune", str(tiny), "--out", str(tmp_path / "run"), *words]) == 0
     told = json.loads((tmp_path / "run" / "generator" / "config.json").read_text())
     assert '"batch_size": 2' in json.dumps(told) and '"pictures": 60' in json.dumps(told)
+
+
+def test_of_an_endless_set_no_more_pictures_are_encoded_than_are_seen():
+    scenes, digits = open_dataset("scenes"), open_dataset("digits")
+    assert no_more_than_seen(scenes, 400, steps=3, batch_size=8) == 24
+    assert no_more_than_seen(scenes, 10, steps=3, batch_size=8) == 10
+    assert no_more_than_seen(scenes, 400, steps=None, batch_size=8) == 400
+    assert no_more_than_seen(digits, 400, steps=3, batch_size=8) == 400
 
 
 def test_a_model_of_other_pictures_is_told_by_name(tiny: Path, class_model: Path, tmp_path: Path, capsys):

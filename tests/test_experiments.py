@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from tests.models import tiny_recipe
 from varkit.catalog import harness
 from varkit.catalog.experiment import All, Arm, AtLeast, AtMost, Experiment, Metric, Part, PowerLaw, Subject
+from varkit.catalog.measures import scenes_rebuilt
 from varkit.catalog.models import Store, Trained
 from varkit.errors import UserError
+from varkit.hub.pipeline import Settings
 
 VALUES = {"base": {"fid": [10.0, 20.0]}, "new": {"fid": [9.0, 10.0]}}
 
@@ -58,6 +61,14 @@ def test_an_address_tells_apart_all_that_makes_a_model() -> None:
     addresses = {model.address for model in [Trained(recipe), *others]}
     assert len(addresses) == 4
     assert Trained(tiny_recipe()).address in addresses
+
+
+def test_how_a_model_samples_makes_no_other_model() -> None:
+    recipe = tiny_recipe()
+    colder = dataclasses.replace(recipe.generator, settings=Settings(temperature=0.5))
+    assert (
+        Trained(dataclasses.replace(recipe, generator=colder, prompts=())).address == Trained(recipe).address
+    )
 
 
 def test_missing_names_tokenizers_first_and_each_once(tmp_path: Path) -> None:
@@ -108,7 +119,7 @@ def test_a_result_says_everything(store: Store, tmp_path: Path) -> None:
     assert part["arms"]["base"]["count"]["values"] == [1.0, 3.0]
     assert part["arms"]["new"]["count"]["values"] == [2.0, 4.0]
     assert result["holds"] is True and result["paper"] == "twice as good" and "hardware" in result
-    assert part["kind"] == "sampling seeds of one training"
+    assert part["kind"] == "sampling seeds of one training an arm"
     harness.reproduce(toy(metric), store, tmp_path / "out", seeds=1)
     assert metric.calls == [0, 0, 1, 1, 0, 0]  # measured anew, one seed
 
@@ -123,6 +134,15 @@ def test_an_interrupted_measurement_goes_on(store: Store, tmp_path: Path) -> Non
     result = harness.reproduce(toy(metric), store, tmp_path / "out")
     assert metric.calls == [0, 0, 1, 1]
     assert result["parts"][0]["arms"]["new"]["count"]["values"] == [2.0, 4.0]
+
+
+def test_what_was_measured_otherwise_is_measured_again() -> None:
+    part = toy(Counting()).parts[0]
+    (metric,), arm = part.metrics, part.arms[0]
+    keyed = dataclasses.replace(part, metrics=(dataclasses.replace(metric, key="300"),))
+    told = dataclasses.replace(arm, options={"fill": "grey"})
+    prints = {harness._fingerprint(*each, 0) for each in ((part, arm), (keyed, arm), (part, told))}
+    assert len(prints) == 3 and harness._fingerprint(part, arm, 0) in prints
 
 
 def test_untrained_models_are_told_with_their_minutes(tmp_path: Path) -> None:
@@ -156,3 +176,12 @@ def test_experiments_are_well_formed(name: str) -> None:
         assert len(part.arms) >= 2 and part.metrics and str(part.rule)
         assert len(part.seeds) >= 3 or part.sampling
     assert all(model.minutes > 0 for model in experiment.models())
+
+
+def test_rebuilt_scenes_are_scored_by_what_is_left_of_them() -> None:
+    tokenizer = SimpleNamespace(encode=lambda images: images, decode=lambda images: images)
+    subject = Subject(SimpleNamespace(tokenizer=tokenizer, size=(64, 64)), 0)  # type: ignore[arg-type]
+    metric = scenes_rebuilt("scenes-tidy", 40)
+    assert metric.measure(subject) == 1
+    tokenizer.decode = lambda images: images.flip(-1)  # left becomes right, and nothing else
+    assert 0.8 < metric.measure(subject) < 1

@@ -112,6 +112,19 @@ def test_sizes_and_lengths_are_the_bases(system: str, base):
         assert parts == [None] * len(parts) if whole is None else sum(parts) == pytest.approx(whole, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("raster", "base"),
+    [("digit-grid", "digit-scales"), ("digits-raster", "digits"), ("llamagen-scenes", "scenes-small")],
+)
+def test_raster_orders_recipes_have_the_parameters_of_their_base(raster: str, base: str):
+    def size(name: str) -> int:
+        part = RECIPES[name]()
+        fitted = part.generator.config.fitted(part.tokenizer.config)  # type: ignore[arg-type]
+        return sum(parameters(fitted[kind]) for kind in ("generator", "head"))
+
+    assert size(raster) / size(base) == pytest.approx(1, abs=0.07)
+
+
 def test_configurations_follow_the_base():
     base = scenes()
     assert of_system(base, "var") == replace(base, name="scenes-var")

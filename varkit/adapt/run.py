@@ -27,7 +27,7 @@ from varkit.train.generator_task import Forced
 from varkit.train.loop import load_run
 from varkit.train.recipes import Recipe, find_recipe
 from varkit.train.run import Request, Say, begin, check_run, encoded, finish, sheet, stage
-from varkit.train.tokens import Tokens
+from varkit.train.tokens import Tokens, no_more_than_seen
 
 WARMUP = 0.02
 """The part of a post-training in which the rate rises."""
@@ -127,9 +127,10 @@ def adapt(
     start.to(request.place)
     parts = _parts(start, recipe)
     say = begin(root, request, resume, say)
-    tokens, held_out = encoded(
-        start.tokenizer, dataset, request.pictures or recipe.generator.pictures, root, say
+    pictures = request.pictures or no_more_than_seen(
+        dataset, recipe.generator.pictures, train.steps, batch_size
     )
+    tokens, held_out = encoded(start.tokenizer, dataset, pictures, root, say)
     check_condition(start.condition, tokens, request.recipe)
     settings = {
         "method": request.method,

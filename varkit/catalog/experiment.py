@@ -36,11 +36,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a model."""
+    """A figure of a model. key: what it depends on beside its name, such as how many pictures it takes."""
 
     name: str
     measure: Callable[[Subject], float]
     unit: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,9 @@ def _measure_cell(part: Part, arm: Arm, seed: int, store: Store, file: Path) -> 
 
 
 def _fingerprint(part: Part, arm: Arm, seed: int) -> str:
-    """What a measured file depends on: the model, and the metrics by name."""
-    text = json.dumps([part.model(arm, seed).address, [metric.name for metric in part.metrics], __version__])
+    """What a measured file depends on: the model, the arm's options, and the metrics by name and key."""
+    metrics = [(metric.name, metric.key) for metric in part.metrics]
+    text = json.dumps([part.model(arm, seed).address, dict(arm.options), metrics, __version__], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -156,7 +157,7 @@ def _summary(part: Part, values: Values, seeds: Sequence[int]) -> dict[str, Any]
         "rule": str(part.rule),
         "details": verdict.details,
         "seeds": list(seeds),
-        "kind": "sampling seeds of one training" if part.sampling else "training seeds",
+        "kind": _kind(part, seeds),
         "minutes_of_training": {arm.name: part.model(arm, seeds[0]).minutes for arm in part.arms},
         "units": {metric.name: metric.unit for metric in part.metrics},
         "arms": {
@@ -164,6 +165,12 @@ def _summary(part: Part, values: Values, seeds: Sequence[int]) -> dict[str, Any]
             for arm, by_metric in values.items()
         },
     }
+
+
+def _kind(part: Part, seeds: Sequence[int]) -> str:
+    if not part.sampling:
+        return "training seeds"
+    return "one training an arm" if len(seeds) == 1 else "sampling seeds of one training an arm"
 
 
 def _statistics(found: Sequence[float]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ Each draws the pictures it judges; the first few of one go into the result. Lege
 """
 
 import time
+from functools import cache
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +14,11 @@ from varkit.catalog.experiment import Metric, Subject
 from varkit.catalog.harness import PICTURES
 from varkit.decode.loop import run
 from varkit.evaluate.drawing import BATCH, draw, padded
+
+if TYPE_CHECKING:
+    from varkit.data.base import Dataset
+    from varkit.evaluate.features import FeatureSet
+    from varkit.evaluate.geneval import Score
 
 ROUNDS = 5
 GREY = 128
@@ -57,27 +64,35 @@ def digits_read(n: int) -> Metric:
 
         return float(evaluate_digits(subject.pipeline, n, subject.seed).summary()["accuracy"])
 
-    return Metric("digits read", measure)
+    return Metric("digits read", measure, key=str(n))
 
 
 def fid_to(dataset: str, n: int) -> Metric:
     """Frechet distance of n drawn pictures to the held-out part of a data set, by the default features."""
 
     def measure(subject: Subject) -> float:
-        from varkit.data.registry import open_dataset
         from varkit.evaluate.distribution import compare
         from varkit.evaluate.features import collect, load_features
-        from varkit.evaluate.sources import dataset_source, model_source
+        from varkit.evaluate.sources import model_source
         from varkit.pictures import to_array
 
-        features = load_features("small")
-        reference = open_dataset(dataset).split("validation")
-        real = collect(features, dataset_source(reference, subject.pipeline.size).batches())
+        reference, real = _held_out(dataset, subject.pipeline.size)
         batches = list(model_source(subject.pipeline, n, reference, subject.seed).batches())
         subject.kept[PICTURES] = np.concatenate([to_array(batch) for batch in batches[:1]])
-        return compare(collect(features, batches), real, resamples=0).figures["fid"].value
+        return compare(collect(load_features("small"), batches), real, resamples=0).figures["fid"].value
 
-    return Metric("FID", measure, "small features")
+    return Metric("FID", measure, "small features", f"{dataset} {n}")
+
+
+@cache
+def _held_out(dataset: str, size: tuple[int, int]) -> "tuple[Dataset, FeatureSet]":
+    """The held-out part of a data set, and its features."""
+    from varkit.data.registry import open_dataset
+    from varkit.evaluate.features import collect, load_features
+    from varkit.evaluate.sources import dataset_source
+
+    reference = open_dataset(dataset).split("validation")
+    return reference, collect(load_features("small"), dataset_source(reference, size).batches())
 
 
 def scenes_right(n: int) -> Metric:
@@ -92,11 +107,14 @@ def scenes_right(n: int) -> Metric:
         pairs = zip(images[:n], captions[:n], strict=True)
         return report(score(image, caption) for image, caption in pairs)["overall"]
 
-    return Metric("scene score", measure)
+    return Metric("scene score", measure, key=str(n))
 
 
 def scenes_rebuilt(dataset: str, n: int) -> Metric:
-    """The same score of n held-out pictures that the tokenizer has rebuilt: what a perfect generator would have."""
+    """The same score of n held-out pictures that the tokenizer has rebuilt: about what a generator could reach.
+
+    Their captions come as often as in the data set, whichever the category.
+    """
 
     def measure(subject: Subject) -> float:
         from varkit.data.registry import open_dataset
@@ -104,12 +122,15 @@ def scenes_rebuilt(dataset: str, n: int) -> Metric:
         from varkit.pictures import to_array, to_tensor
 
         tokenizer, size = subject.pipeline.tokenizer, subject.pipeline.size
-        batch = open_dataset(dataset).split("validation").batch(range(n), size)
-        assert batch.captions is not None
-        rebuilt = to_array(tokenizer.decode(tokenizer.encode(to_tensor(batch.images))))
-        return report(map(score, rebuilt, batch.captions))["overall"]
+        held_out = open_dataset(dataset).split("validation")
+        scores: list[Score] = []
+        for start in range(0, n, BATCH):
+            batch = held_out.batch(range(start, min(n, start + BATCH)), size)
+            rebuilt = to_array(tokenizer.decode(tokenizer.encode(to_tensor(batch.images))))
+            scores += map(score, rebuilt, batch.captions or ())
+        return report(scores)["overall"]
 
-    return Metric("scene score rebuilt", measure)
+    return Metric("scene score rebuilt", measure, key=f"{dataset} {n}")
 
 
 def halves_completed(n: int) -> tuple[Metric, Metric]:
@@ -126,8 +147,8 @@ def halves_completed(n: int) -> tuple[Metric, Metric]:
         return subject.kept["completed"]
 
     return (
-        Metric("halves read", lambda subject: complete(subject)[0]),
-        Metric("error outside", lambda subject: complete(subject)[1]),
+        Metric("halves read", lambda subject: complete(subject)[0], key=str(n)),
+        Metric("error outside", lambda subject: complete(subject)[1], key=str(n)),
     )
 
 

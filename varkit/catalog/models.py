@@ -146,14 +146,16 @@ class Store:
         adapt(request, self.load(start), method, recipe, open_dataset(recipe.dataset), folder, begun, say)
 
     def load(self, model: Trained) -> "Pipeline":
-        """The finished model. Raises `UserError` when there is none."""
+        """The finished model, sampling as its recipe says. Raises `UserError` when there is none."""
         from varkit.hub.pipeline import load
 
         if not self.has(model):
             raise UserError(
                 f"the model {model.recipe.name!r} ({model.address}) is not trained yet; add --train"
             )
-        return load(str(self.run(model)))
+        pipeline = load(str(self.run(model)))
+        pipeline.settings = model.recipe.generator.settings
+        return pipeline
 
 
 def _tokenizer_address(tokenizer: "Trained | str | None") -> str | None:
@@ -171,7 +173,10 @@ def _tokenizer_address(tokenizer: "Trained | str | None") -> str | None:
 
 
 def _described(recipe: "Recipe") -> dict[str, Any]:
-    """A recipe as JSON, with the names of its parts' kinds: two kinds may have the same fields."""
+    """What makes a model of a recipe, as JSON, with the names of its parts' kinds: two kinds may have the same fields.
+
+    How the model samples, and what sample sheets ask for, make no other model.
+    """
     kinds = {
         "tokenizer": type(recipe.tokenizer.config).__name__,
         "generator": type(recipe.generator.config).__name__,
@@ -179,6 +184,7 @@ def _described(recipe: "Recipe") -> dict[str, Any]:
         "parts": {name: type(config).__name__ for name, config in recipe.generator.parts.items()},
     }
     described = {"kinds": kinds, **asdict(recipe)}
+    del described["prompts"], described["generator"]["settings"]
     described["generator"]["teach"] = _taught(recipe.generator.teach)
     further = described["generator"].pop("further")
     if further is not None:  # recipes without keep the addresses that they had before there was one

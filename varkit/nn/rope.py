@@ -29,8 +29,9 @@ class Rotary:
         cos, sin = angles.cos(), angles.sin()
         if blank is not None:
             cos, sin = (t.masked_fill(blank[..., None], 0.0) for t in (cos, sin))
-        turn = torch.complex(cos, sin)
-        self.turn = turn[:, None] if turn.ndim == 3 else turn  # per sample: broadcast over heads
+        if cos.ndim == 3:  # per sample: broadcast over heads
+            cos, sin = cos[:, None], sin[:, None]
+        self.cos, self.sin, self.turn = cos, sin, torch.complex(cos, sin)
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -40,6 +41,6 @@ class Rotary:
 
     def plainly(self, x: Tensor) -> Tensor:
         """The same by its definition, in real numbers."""
-        cos, sin = torch.view_as_real(self.turn).unbind(-1)
         even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+        turned = torch.stack([even * self.cos - odd * self.sin, even * self.sin + odd * self.cos], dim=-1)
+        return turned.flatten(-2).to(x.dtype)

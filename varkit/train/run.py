@@ -37,7 +37,7 @@ from varkit.train.progressive import Progressive
 from varkit.train.recipes import Recipe
 from varkit.train.task import Task, TrainConfig
 from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
-from varkit.train.tokens import Tokens, encode
+from varkit.train.tokens import Tokens, encode, no_more_than_seen
 
 Say = Callable[[str], None]
 HELD_OUT = 512
@@ -131,7 +131,9 @@ def train_recipe(
     say = begin(root, request, resume, say)
     share = 0.0 if given or recipe.tokenizer.train is None else recipe.tokenizer.share
     tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
-    tokens, validation = encoded(tokenizer, dataset, recipe.generator.pictures, root, say)
+    part = recipe.generator
+    pictures = no_more_than_seen(dataset, part.pictures, request.steps, part.batch_size)
+    tokens, validation = encoded(tokenizer, dataset, pictures, root, say)
     further = recipe.generator.further
     left = (1 - share) * (1 - further.share if further else 1)
     pipeline, result = _train_generator(request, recipe, tokenizer, tokens, validation, root, left, say)

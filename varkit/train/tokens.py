@@ -57,6 +57,13 @@ class Tokens:
 
 
 @torch.no_grad()
+def no_more_than_seen(dataset: Dataset, pictures: int, steps: int | None, batch_size: int) -> int:
+    """How many of so many pictures of an endless data set to encode where a training has only so many steps."""
+    if steps is None or dataset.split("train").size is not None:
+        return pictures
+    return min(pictures, steps * batch_size)
+
+
 def encode(
     tokenizer: Tokenizer,
     dataset: Dataset,

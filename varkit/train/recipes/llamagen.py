@@ -15,9 +15,10 @@ from varkit.train.recipes.scenes import scenes_small
 
 
 def llamagen(base: Recipe) -> Recipe:
-    """The base's finest scale alone, in raster order, at the base's parameters within 7 % by as many more blocks.
+    """The base's finest scale alone, in raster order, in as many more blocks as makes up for their smaller size.
 
-    A block has 12 C^2 weights, VAR's 6 C^2 more where it modulates by itself and 4 C^2 where it attends to words.
+    A block has 12 C^2 weights, VAR's 6 C^2 more where it modulates by itself and 4 C^2 where it attends to words. So
+    generator and head have the base's parameters within 7 % in the recipes here.
     """
     pyramid, var = next_scale(base)
     grid = VQConfig(
@@ -25,7 +26,7 @@ def llamagen(base: Recipe) -> Recipe:
         rate=pyramid.rate, encoder=pyramid.encoder,
     )  # fmt: skip
     block = 12 + (0 if var.shared_modulation else 6) + (4 if isinstance(var.condition, TextConfig) else 0)
-    depth = var.depth * block // 12
+    depth = round(var.depth * block / 12)
     generator = LlamaGenConfig(
         depth, var.width, var.heads, grid.vocab_size, var.condition, multiple_of=64, drop_path=var.drop_path
     )
