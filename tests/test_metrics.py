@@ -641,6 +641,16 @@ def test_a_model_against_pictures_and_the_table(
 
 
 @pytest.mark.usefixtures("small")
+def test_a_model_is_compared_with_what_was_held_out_of_its_own_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = fid_json(capsys, "digits", "--n", "16")
+    assert found["data"] == "digits" and found["part"] == "validation"
+    assert found["reference_pictures"] == 252 and found["floor"]["pictures"] == 16
+    assert fid_json(capsys, "digits", "--n", "16", "--data", "digits")["reference_pictures"] == 1797
+
+
+@pytest.mark.usefixtures("small")
 def test_rfid_is_measured_where_there_are_enough_pictures(
     class_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from varkit.data.base import Dataset
     from varkit.evaluate.features import Features
+    from varkit.evaluate.frechet import Statistics
     from varkit.hub.pipeline import Pipeline, Settings
 
 NUMBERS = {"digits": 100, "fid": 2000, "reconstruction": 2000, "scenes": 300}
@@ -58,8 +59,8 @@ class Evaluate(Sampling):
     seeds: int = 1
     """For scenes: draw each caption with this many seeds, from --seed on."""
     data: str | None = None
-    """For reconstruction and fid: a data set, folder or array file, by default what the model was trained on.
-    reconstruction takes its held-out part, fid all of it; fid also takes an .npz of statistics."""
+    """For reconstruction and fid: a data set, folder or array file, by default the held-out part of what the model was
+    trained on. reconstruction takes the held-out part, fid all of it; fid also takes an .npz of statistics."""
     features: str = "small"
     """The network by which fid and rFID compare: small, inception:PATH, or the path of a file of weights."""
     resamples: int = 200
@@ -179,10 +180,10 @@ class Evaluate(Sampling):
         if self.statistics is not None:
             ensure_writable(self.statistics)
         features, judged = load_features(self.features), open_judged(self.model, find_device(self.device))
-        spec, settings = self._reference(judged), self._settings(judged)
-        side = (features.side, features.side)
-        samples, reference = open_pair(judged, spec, side, self.n, self.seed, settings)
-        facts |= {"data": spec, "size": list(samples.side), "seed": self.seed}
+        spec, part, real = self._reference(judged)
+        side, settings = (features.side, features.side), self._settings(judged)
+        samples, reference = open_pair(judged, real, side, self.n, self.seed, settings)
+        facts |= {"data": spec, "part": part, "size": list(samples.side), "seed": self.seed}
         facts["settings"] = None if settings is None else asdict(settings)
         sources = [source for source in (samples, reference) if isinstance(source, Source)]
         if self.statistics is not None and len(sources) < 2:
@@ -201,12 +202,20 @@ class Evaluate(Sampling):
             log(f"warning: {warning}")
         return facts, report
 
-    def _reference(self, judged: "Pipeline | Dataset") -> str:
+    def _reference(self, judged: "Pipeline | Dataset") -> tuple[str, str, "Dataset | Statistics"]:
+        """What the pictures are compared with: its name, which part of it, and itself."""
+        from varkit.data.registry import open_dataset
+        from varkit.evaluate.frechet import has_statistics, load_statistics
         from varkit.hub.pipeline import Pipeline
 
-        if self.data is None and not isinstance(judged, Pipeline):
+        if self.data is not None:
+            known = has_statistics(self.data)
+            return self.data, "all", load_statistics(self.data) if known else open_dataset(self.data)
+        if not isinstance(judged, Pipeline):
             raise UserError(f"add --data: the real pictures that those of {self.model!r} are compared with")
-        return self.data or _own_data(judged)  # type: ignore[arg-type]
+        own = _own_data(judged)
+        held_out, part = _held_out(open_dataset(own))
+        return own, part, held_out
 
     def _settings(self, judged: "Pipeline | Dataset") -> "Settings | None":
         """How a model draws; nothing where pictures are given."""
@@ -255,7 +264,7 @@ def _held_out(dataset: "Dataset") -> tuple["Dataset", str]:
     held_out = dataset.split("validation")
     if held_out.size != 0:
         return held_out, "validation"
-    log("the data set is too small to hold pictures out; those of the training are reconstructed")
+    log("the data set is too small to hold pictures out; those of the training are taken")
     return dataset.split("train"), "train"
 
 
@@ -333,6 +342,8 @@ def _fid_table(summary: dict[str, Any]) -> Table:
     resamples = f"{summary['resamples']} resamples" if summary["resamples"] else ""
     rows: list[tuple[object, ...]] = [("features", summary["features"], resamples, "")]
     sizes = [f"{s['pictures']} : {s['reference_pictures'] or '?'}" if s else "" for s in (summary, floor)]
+    part = {"all": "", "validation": "held-out part"}.get(summary["part"], "part trained on")
+    rows.append(("compared with", summary["data"], part, ""))
     rows.append(("pictures : reference", sizes[0], "", sizes[1]))
     for name, title in TITLES.items():
         if name in summary:

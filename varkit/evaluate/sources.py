@@ -21,7 +21,7 @@ from varkit.data.images import open_image
 from varkit.data.registry import open_dataset
 from varkit.errors import UserError
 from varkit.evaluate.drawing import draw, padded
-from varkit.evaluate.frechet import Statistics, has_statistics, load_statistics
+from varkit.evaluate.frechet import Statistics
 from varkit.generators.text import TextConfig
 from varkit.hub.folder import CONFIG
 from varkit.hub.pipeline import Pipeline, Prompt, Settings, bundled, load
@@ -70,22 +70,23 @@ def own_side(judged: Pipeline | Dataset) -> Side | None:
 
 
 def open_pair(
-    judged: Pipeline | Dataset, data: str, side: Side, n: int | None, seed: int, settings: Settings | None
+    judged: Pipeline | Dataset,
+    real: Dataset | Statistics,
+    side: Side,
+    n: int | None,
+    seed: int,
+    settings: Settings | None,
 ) -> tuple[Source, Source | Statistics]:
-    """The pictures judged, and those that the data set, folder, array file or .npz of statistics called `data` has.
+    """The pictures judged, and those of the reference, or its statistics.
 
     `side` counts where neither has one of its own.
     """
-    known = load_statistics(data) if has_statistics(data) else None
-    real = open_dataset(data) if known is None else None
+    pictures = None if isinstance(real, Statistics) else real
     if isinstance(judged, Pipeline):
-        samples = model_source(judged, n or DRAWN, real, seed, settings)
+        samples = model_source(judged, n or DRAWN, pictures, seed, settings)
     else:
-        samples = dataset_source(judged, own_side(judged) or (real and own_side(real)) or side, n)
-    if real is None:
-        assert known is not None
-        return samples, known
-    return samples, dataset_source(real, samples.side)
+        samples = dataset_source(judged, own_side(judged) or (pictures and own_side(pictures)) or side, n)
+    return samples, real if isinstance(real, Statistics) else dataset_source(real, samples.side)
 
 
 def dataset_source(dataset: Dataset, side: Side, n: int | None = None) -> Source:

@@ -90,5 +90,6 @@ def scenes_small() -> Recipe:
         batch_size=32,
         pictures=40_000,
         teach=WholePlan,
+        settings=replace(base.generator.settings, temperature=1.0),
     )
     return replace(base, name="scenes-small", tokenizer=tokenizer, generator=generator)
