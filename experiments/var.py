@@ -4,8 +4,8 @@ Small digits, and captioned scenes, stand in for ImageNet. Raster order is Llama
 generator and head (within 7 %), over the same pictures in the same order. On digits its grid is the finest scale of the
 pyramid; on scenes it is twice as fine, without which its codes cannot say shapes (the score of rebuilt pictures tells
 what either's can). So there the tokenizers differ in more than scales, and a picture costs raster order twice the slots
-in training. Both arms have VAR's optimizer and rate. Each samples as scored best on 96 captions of the training part:
-guidance 1.5, 2.5 or 4, with temperature 1, with top-p 0.95 as well, or at temperature 0.8 with it.
+in training. Both arms have VAR's optimizer and rate. Each samples as scored best on 96 captions of the training part,
+among guidance 1 to 6 with temperature 1, with top-p 0.95 as well, and at temperature 0.8 with it.
 """
 
 from dataclasses import replace
@@ -51,9 +51,9 @@ ORDERS = Part(
 
 CAPTIONS = Part(
     name="scales against raster, captions",
-    paper="the same; of captions nothing is said",
+    paper="FID 1.80 against 18.65 of raster order by class (ImageNet 256); by caption nothing is claimed",
     arms=(
-        Arm("raster", lambda seed: Trained(llamagen_scenes(), seed, expected=50.0)),
+        Arm("raster", lambda seed: Trained(llamagen_scenes(), seed, expected=55.0)),
         Arm("scales", lambda seed: Trained(scenes_small(), seed, expected=30.0)),
     ),
     metrics=(

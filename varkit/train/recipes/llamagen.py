@@ -63,7 +63,7 @@ def llamagen_scenes() -> Recipe:
         normalize=True,
         encoder=PatchEncoderConfig(width=192),
     )
-    part = replace(base.generator, settings=Settings(guidance=2.5, top_p=0.95))
+    part = replace(base.generator, settings=Settings(guidance=1.5, top_p=0.95))
     return replace(
         base, name="llamagen-scenes", tokenizer=replace(base.tokenizer, config=tokenizer), generator=part
     )
