@@ -102,7 +102,9 @@ def plain_pickle(path: StrPath) -> list[str] | None:
             return None
         with open(path, "rb") as file:
             for code, value, _ in pickletools.genops(file):
-                if value == MAGIC_NUMBER or code.name == "PERSID":  # "P", which a zip file begins with, cut too
+                if (
+                    value == MAGIC_NUMBER or code.name == "PERSID"
+                ):  # "P", which a zip file begins with, cut too
                     return None
                 if code.name in ("GLOBAL", "INST"):
                     named.append(str(value).replace(" ", "."))
