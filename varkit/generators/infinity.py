@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from varkit.devices import sent_once
-from varkit.errors import UserError
+from varkit.errors import UserError, unknown_name
 from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.prompt import PromptCondition
 from varkit.generators.scale_transformer import ScaleTransformer
@@ -70,6 +70,8 @@ class InfinityConfig:
     @classmethod
     def published(cls, size: str, **rest: Any) -> "InfinityConfig":
         """A published size by name (`SIZES`)."""
+        if size not in SIZES:
+            raise unknown_name("size", size, SIZES)
         depth, width, heads, bits = SIZES[size]
         hidden = round(4 * width / 256) * 256
         return cls(depth, width, heads, bits, **({"mlp_ratio": hidden / width} | rest))

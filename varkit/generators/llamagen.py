@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.devices import sent_once
-from varkit.errors import UserError
+from varkit.errors import UserError, unknown_name
 from varkit.generators.base import Condition, Generator, Prepared, check_tokenizer, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, Conditioner
 from varkit.generators.prefix import PrefixCondition
@@ -70,6 +70,8 @@ class LlamaGenConfig:
     @classmethod
     def published(cls, size: str, **rest: Any) -> "LlamaGenConfig":
         """A published size by name (`SIZES`), of ImageNet's classes. Prompts have `TextFeaturesConfig(length=120)`."""
+        if size not in SIZES:
+            raise unknown_name("size", size, SIZES)
         depth, width, heads = SIZES[size]
         told: dict[str, Any] = {"vocab_size": 16384, "condition": ClassConfig(1000), "zero_prefix": True}
         return cls(depth, width, heads, **(told | rest))

@@ -18,7 +18,7 @@ from varkit.generators.flexvar import FlexVARConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.hub import llamagen, var
 from varkit.hub.assemble import Files, assembled, states_of
-from varkit.hub.keymap import check_told, entry, from_published, joined, part, to_published
+from varkit.hub.keymap import check_depth, check_told, entry, from_published, joined, part, to_published
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.hub.states import State, build_empty
 from varkit.plans.flexible import PUBLISHED, FlexibleScalesConfig
@@ -54,7 +54,7 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
     classes, width = entry(state, "class_emb.weight", WHOSE).shape
     scale = state.get(SCALE)
     config = FlexVARConfig.published(
-        var.depth_of(state),
+        check_depth(WHOSE, var.depth_of(state), width, var.DEPTHS),
         width=width,
         heads=heads or (width // var.HEAD_WIDTH if scale is None else scale.shape[1]),
         code_width=entry(state, "word_embed.weight", WHOSE).shape[1],
@@ -119,7 +119,7 @@ def pipeline(
         if theirs != ours:
             raise UserError(
                 f"the tokenizer's {what} is {theirs} and the generator's is {ours}; give the tokenizer that the "
-                "generator was trained with"
+                f"generator was trained with, such as {TOKENIZER_FILE}"
             )
     plan = FlexibleScalesConfig(told.schedule, seen=PUBLISHED[10])
     configs = {"tokenizer": told, "generator": config, "head": head, "plan": plan}

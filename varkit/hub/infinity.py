@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from varkit.errors import UserError
-from varkit.generators.infinity import InfinityConfig
+from varkit.generators.infinity import SIZES, InfinityConfig
 from varkit.generators.text import TextFeaturesConfig
 from varkit.heads.bits import BitsConfig
-from varkit.hub.keymap import Rule, entry, from_published, grouped, joined, part, to_published
+from varkit.hub.keymap import Rule, check_depth, entry, from_published, grouped, joined, part, to_published
 from varkit.hub.states import State, build_empty
 from varkit.hub.var import GENERATOR_RULES as VAR_RULES
 from varkit.hub.var import TOKENIZER_RULES as VAR_TOKENIZER_RULES
@@ -28,6 +28,7 @@ from varkit.tokenizers.bitwise import BitwiseConfig
 
 TOKENIZER = "encoder.conv_in"
 
+DEPTHS = {width: depth for depth, width, _, _ in SIZES.values()}
 KEY_BIAS = ".zero_k_bias"
 NOT_WEIGHTS = ("quantizer.", "quantize.", "lpips", "disc")
 """Beginnings of the tokenizer's entries that take no part: the masks of its bits, and the losses of its training."""
@@ -99,7 +100,7 @@ def generator_configs(state: Mapping[str, Tensor]) -> tuple[InfinityConfig, Bits
     width, bits = entry(state, "word_embed.weight", "Infinity generator").shape
     length, features = entry(state, "cfg_uncond", "Infinity generator").shape
     config = InfinityConfig(
-        depth=grouped(state, r"blocks\.(\d+)\."),
+        depth=check_depth("Infinity generator", grouped(state, r"blocks\.(\d+)\."), width, DEPTHS),
         width=width,
         heads=entry(state, "blocks.0.sa.scale_mul_1H11", "Infinity generator").numel(),
         code_width=bits,

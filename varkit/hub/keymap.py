@@ -91,6 +91,20 @@ def grouped(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({m[1] for m in (re.match(pattern, name) for name in state) if m})
 
 
+def check_depth(whose: str, depth: int, width: int, published: Mapping[int, int]) -> int:
+    """The depth, unless the width is that of a published size of another depth (`published`, width -> depth).
+
+    Without its last block a file looks like a smaller model. Widths of no published size tell nothing.
+    """
+    wanted = published.get(width, depth)
+    if depth != wanted:
+        raise UserError(
+            f"the {whose} has {depth} blocks of width {width}, and the published one of that width {wanted}; fetch the "
+            "whole checkpoint with all its shards, or keep a model of your own as a varkit folder"
+        )
+    return depth
+
+
 def entry(state: Mapping[str, Tensor], name: str, whose: str) -> Tensor:
     """A tensor that a checkpoint must have, such as `whose` "VAR tokenizer"."""
     if name not in state:

@@ -18,6 +18,7 @@ from varkit.generators.text import TextFeaturesConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.hub.keymap import (
     Rule,
+    check_depth,
     entry,
     from_published,
     fuse_qkv,
@@ -38,10 +39,12 @@ ANGLES = "freqs_cis"
 """Rotary angles, which older files hold; they are computed anew."""
 
 USAGE, USAGE_SHAPE = "quantize.codebook_used", (65536,)
-IMAGE_SIZE = "args.image_size"
-"""Pixels a side in a trainer's arguments, kept beside its weights: nothing else in a file tells the grid."""
+IMAGE_SIZE, STRIDE = "args.image_size", "args.downsample_size"
+"""Pixels a side of pictures and of tokens in a trainer's arguments, kept beside its weights: nothing else in a file
+tells the grid, and which tokenizer the generator was trained with."""
 
 HEAD_WIDTH = 64
+DEPTHS = {width: depth for depth, width, _ in SIZES.values()}
 
 RULES = (
     Rule(r"^generator\.conditioner\.embed\.", "cls_embedding.embedding_table."),
@@ -88,8 +91,8 @@ def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
     wrappers = ("model", "module", "state_dict")
     generator = _unwrapped(checkpoint, wrappers)
     if _any(generator, r"cls_embedding\.|layers\.\d+\.attention\.wqkv\."):
-        size = getattr(checkpoint.get("args"), "image_size", None)
-        told = {IMAGE_SIZE: torch.tensor(size)} if isinstance(size, int) else {}
+        values = {name: getattr(checkpoint.get("args"), name[5:], None) for name in (IMAGE_SIZE, STRIDE)}
+        told = {name: torch.tensor(value) for name, value in values.items() if isinstance(value, int)}
         return {"generator": {**generator, **told}}
     tokenizer = _unwrapped(checkpoint, ("ema", *wrappers))
     return {"tokenizer": dict(tokenizer)} if _any(tokenizer, r"encoder\.conv_blocks\.") else {}
@@ -102,7 +105,7 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
     """
     whose = "LlamaGen generator"
     vocab_size, width = entry(state, "tok_embeddings.weight", whose).shape
-    depth = grouped(state, r"layers\.(\d+)\.")
+    depth = check_depth(whose, grouped(state, r"layers\.(\d+)\."), width, DEPTHS)
     released = {(d, w): h for d, w, h in SIZES.values()}
     heads = heads or released.get((depth, width), width // HEAD_WIDTH)
     condition: ClassConfig | TextFeaturesConfig
@@ -128,7 +131,7 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
 def generator_from_published(state: Mapping[str, Tensor], configs: Configs) -> tuple[State, State]:
     """A published generator's tensors as the states of `LlamaGen` and `CategoricalHead`."""
     generator, head = (build_empty(config.build).state_dict() for config in configs)
-    weights = {name: tensor for name, tensor in state.items() if name not in (ANGLES, IMAGE_SIZE)}
+    weights = {name: tensor for name, tensor in state.items() if name not in (ANGLES, IMAGE_SIZE, STRIDE)}
     found = from_published(weights, joined(generator=generator, head=head), RULES, "the LlamaGen checkpoint")
     return part(found, "generator."), part(found, "head.")
 

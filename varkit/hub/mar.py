@@ -14,10 +14,11 @@ from torch import Tensor
 
 from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
-from varkit.generators.mar import SIZES, MARConfig
+from varkit.generators.mar import HEADS, SIZES, MARConfig
 from varkit.heads.diffusion import DiffusionConfig
 from varkit.hub.keymap import (
     Rule,
+    check_depth,
     entry,
     from_published,
     fuse_qkv,
@@ -99,7 +100,7 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
     released = {w: h for _, w, h in SIZES.values()}
     channels = entry(state, "z_proj.weight", "MAR generator").shape[1]
     generator = MARConfig(
-        depth=depths.pop(),
+        depth=check_depth("MAR generator", depths.pop(), width, {w: depth for depth, w, _ in SIZES.values()}),
         width=width,
         heads=heads or released.get(width, width // HEAD_WIDTH),
         condition=ClassConfig(classes),
@@ -109,8 +110,10 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
         mlp_ratio=entry(state, "encoder_blocks.0.mlp.fc1.weight", "MAR generator").shape[0] / width,
     )
     mlp_width = entry(state, "diffloss.net.input_proj.weight", "MAR generator").shape[0]
+    blocks = grouped(state, r"diffloss\.net\.res_blocks\.(\d+)\.")
+    heads_of = {mlp: depth for size, (depth, mlp) in HEADS.items() if SIZES[size][1] == width}
     return generator, DiffusionConfig(
-        width, channels, mlp_width, grouped(state, r"diffloss\.net\.res_blocks\.(\d+)\.")
+        width, channels, mlp_width, check_depth("MAR generator's head", blocks, mlp_width, heads_of)
     )
 
 

@@ -39,6 +39,8 @@ from varkit.hub import (
 from varkit.hub.assemble import Files
 from varkit.hub.folder import DTYPES
 from varkit.hub.pipeline import Pipeline
+from varkit.hub.released import expanded
+from varkit.hub.shards import check_complete
 from varkit.hub.states import State, read_checkpoint
 
 WRAPPERS = ("state_dict", "model")
@@ -76,7 +78,7 @@ FAMILIES = {
     ),
     "HMAR": Family(
         hmar.checkpoint_states, published_hmar.pipeline, published_hmar.files, HMARConfig,
-        "vae_ch160v4096z32.pth", "hmar-d16.pth", shares="VAR",
+        published_var.TOKENIZER_FILE, "hmar-d16.pth", shares="VAR",
     ),
     "Infinity": Family(
         infinity.checkpoint_states, published_infinity.pipeline, published_infinity.files, InfinityConfig,
@@ -88,15 +90,15 @@ FAMILIES = {
     ),
     "LlamaGen": Family(
         llamagen.checkpoint_states, published_llamagen.pipeline, published_llamagen.files, LlamaGenConfig,
-        "vq_ds16_c2i.pt", "c2i_B_256.pt",
+        published_llamagen.TOKENIZER_FILE, "c2i_B_256.pt",
     ),
     "M-VAR": Family(
         m_var.checkpoint_states, published_m_var.pipeline, published_m_var.files, MVarConfig,
-        "vae_ch160v4096z32.pth", "d16.pth", shares="VAR",
+        published_var.TOKENIZER_FILE, "d16.pth", shares="VAR",
     ),
     "VAR": Family(
         var.checkpoint_states, published_var.pipeline, published_var.files, VARConfig,
-        "vae_ch160v4096z32.pth", "var_d16.pth",
+        published_var.TOKENIZER_FILE, "var_d16.pth",
     ),
 }  # fmt: skip
 """By name; VAR comes last, since what it does not know it refuses."""
@@ -107,6 +109,7 @@ NAMES = ", ".join(sorted(FAMILIES))
 def pipeline_from_published(paths: Sequence[StrPath], dtype: str | None = None) -> Pipeline:
     """The published tokenizer and generator in `paths`, in any order, or a trainer checkpoint of both.
 
+    A folder stands for the published files in it, such as all shards of a generator.
     Tensors stay memory-mapped, at their own dtypes, or are cast to `dtype` one by one. Every problem is a `UserError`.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -115,7 +118,9 @@ def pipeline_from_published(paths: Sequence[StrPath], dtype: str | None = None) 
     return pipeline if dtype is None else pipeline.to(DTYPES[dtype])
 
 
-def _read_pipeline(paths: Sequence[StrPath], mapped: bool) -> Pipeline:
+def _read_pipeline(given: Sequence[StrPath], mapped: bool) -> Pipeline:
+    paths = [path for one in given for path in expanded(one)]
+    check_complete(paths)
     family, states = _read_states(paths, mapped)
     about = {"converted_from": [Path(path).name for path in paths]}
     return FAMILIES[family].read(states["generator"], states["tokenizer"], about)
@@ -146,8 +151,6 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
     origin: dict[str, StrPath] = {}
     families: dict[str, str] = {}
     for path in paths:
-        if Path(path).is_dir():
-            raise UserError(f"{str(path)!r} is a folder; give the checkpoint files in it")
         family, found = _states_of(path, mapped)
         for what, state in found.items():
             if what in states and not states[what].keys() & state.keys():
@@ -165,7 +168,7 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
     if families["tokenizer"] not in (families["generator"], FAMILIES[families["generator"]].shares):
         raise UserError(
             f"the tokenizer is {families['tokenizer']}'s and the generator {families['generator']}'s; give the "
-            "tokenizer that the generator was trained with"
+            f"tokenizer that the generator was trained with, such as {FAMILIES[families['generator']].tokenizer}"
         )
     return families["generator"], states
 

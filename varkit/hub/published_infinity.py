@@ -24,6 +24,16 @@ from varkit.tokenizers.bitwise import BitwiseConfig
 SETTINGS = Settings(guidance=4.0, temperature=0.5, top_p=0.97)
 """Published sampling; cfg c + (1 - cfg) u is u + s (c - u). The 8B model has guidance 3 and temperature 1."""
 
+STRIDE = 16
+"""Pixels a side of a token in all that is published: of a tokenizer's convolutions, or of its patches of 2 x 2."""
+
+TOKENIZERS = {
+    16: "infinity_vae_d16.pth",
+    32: "infinity_vae_d32reg.pth",
+    56: "infinity_vae_d56_f8_14_patchify.pth",
+}
+"""Of generators, by the bits of a token."""
+
 LARGE = 2048
 """Width from which released models make 1M pixels."""
 
@@ -36,6 +46,7 @@ def pipeline(
     plan = scales(1.0, "1M" if config.width >= LARGE else "0.06M")
     told = infinity.tokenizer_config(tokenizer, plan.schedule)
     told = replace(told, patch=_patch(config.code_width, told.token_bits))
+    _check_stride(config, told)
     configs: dict[str, Any] = {"tokenizer": told, "generator": config, "head": head, "plan": plan}
     weights = dict(zip(("generator", "head"), infinity.generator_from_published(generator), strict=True))
     weights["tokenizer"] = infinity.tokenizer_from_published(tokenizer, told)
@@ -51,6 +62,7 @@ def files(pipeline: Pipeline) -> Files:
         raise UserError(
             f"only Infinity models of text features over a bitwise tokenizer have a published layout, not {kinds}"
         )
+    _check_stride(own, tokenizer)
     state = states_of(pipeline)
     name, chunks = _name(own)
     generator = infinity.generator_to_published(state["generator"], state["head"], chunks)
@@ -71,9 +83,29 @@ def _patch(token_bits: int, bits: int) -> int:
     if patch**2 * bits != token_bits:
         raise UserError(
             f"the tokenizer's codes have {bits} bits and the generator's tokens {token_bits}; give the tokenizer that "
-            "the generator was trained with"
+            f"the generator was trained with{_such_as(token_bits)}"
         )
     return patch
+
+
+def _check_stride(generator: InfinityConfig, tokenizer: BitwiseConfig) -> None:
+    """Raise `UserError` for a published size of generator over tokens of another size than published.
+
+    A tokenizer of a quarter of the bits would else be taken for one whose codes are patched. Sizes of one's own may
+    have any stride.
+    """
+    stride = tokenizer.conv.stride * tokenizer.patch
+    if generator.width in infinity.DEPTHS and stride != STRIDE:
+        raise UserError(
+            f"with codes of {tokenizer.conv.latent_channels} bits a token of {tokenizer.token_bits} covers {stride} "
+            f"pixels a side, and those of published generators of width {generator.width} cover {STRIDE}; give the "
+            f"tokenizer that the generator was trained with{_such_as(tokenizer.token_bits)}"
+        )
+
+
+def _such_as(token_bits: int) -> str:
+    name = TOKENIZERS.get(token_bits)
+    return f", such as {name}" if name else ""
 
 
 def _name(config: InfinityConfig) -> tuple[str, int]:

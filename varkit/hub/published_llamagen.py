@@ -4,6 +4,10 @@ Nothing in the weights tells the grid, since rotary positions fit any. The pixel
 arguments, where the file holds them; else those that a file's name ends in, if it is named as published
 (`c2i_L_384.pt`, `t2i_XL_stage2_512.pt`); else 384 for the classes at XL, XXL and 3B, which were released so alone, and
 256 for all others.
+
+Nor do the weights tell whose codes they draw: published tokenizers of 8 and of 16 pixels a token, for classes and for
+text, all have 16384 codes. Tokens of published sizes have 16 pixels unless the arguments or a name (`_ds8`) tell
+others; and a tokenizer named as published (`vq_ds16_t2i.pt`) is taken for generators of its kind alone.
 """
 
 import re
@@ -24,8 +28,13 @@ from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.tokenizers.vq import VQConfig
 
+TOKENIZER_FILE, STRIDE = "vq_ds16_c2i.pt", 16
+
 SETTINGS = {"c2i": Settings(guidance=4.0, top_k=2000), "t2i": Settings(guidance=7.5, top_k=1000)}
 """Published sampling, for pictures that please; figures are measured without top-k, at guidance 1.65 to 2."""
+
+PUBLISHED = {size[:2] for size in SIZES.values()}
+"""Depth and width of published sizes."""
 
 LARGE = {SIZES[size][:2] for size in ("XL", "XXL", "3B")}
 """Depth and width of what was released for classes at 384 pixels alone."""
@@ -40,8 +49,10 @@ def pipeline(
     if told.vocab_size != config.vocab_size:
         raise UserError(
             f"the tokenizer has {told.vocab_size} codes and the generator {config.vocab_size}; give the tokenizer that "
-            "the generator was trained with"
+            f"the generator was trained with, such as {_tokenizer_name(config)}"
         )
+    _check_kind(config, about["converted_from"])
+    _check_stride(generator, config, told.conv.stride, about["converted_from"])
     told = replace(told, grid=_grid(_pixels(generator, config, about["converted_from"]), told))
     configs = {"tokenizer": told, "generator": config, "head": head, "plan": config.fitted(told)["plan"]}
     weights = dict(
@@ -73,10 +84,42 @@ def files(pipeline: Pipeline) -> Files:
     check_told("tokenizer", tokenizer, square)
     check_told("plan", plan, own.fitted(square)["plan"])
     autoencoder = llamagen.tokenizer_to_published(state["tokenizer"], tokenizer)
+    stride = tokenizer.conv.stride
+    unusual = f"_ds{stride}" if (own.depth, own.width) in PUBLISHED and stride != STRIDE else ""
     return {
-        f"vq_ds{tokenizer.conv.stride}_{_kind(own)}.pt": (autoencoder, ("model",)),
-        f"{_kind(own)}_{_name(own)}_{pixels}.pt": (generator, ("model",)),
+        _tokenizer_name(own, stride): (autoencoder, ("model",)),
+        f"{_kind(own)}_{_name(own)}{unusual}_{pixels}.pt": (generator, ("model",)),
     }
+
+
+def _check_kind(config: LlamaGenConfig, names: Sequence[str]) -> None:
+    """Raise `UserError` for a tokenizer that by its name is of text where the generator is of classes, or reversed."""
+    for name in names:
+        found = re.fullmatch(r"vq_ds\d+_([ct]2i)", Path(name).stem)
+        if found and found[1] != _kind(config):
+            raise UserError(
+                f"the tokenizer {name!r} is by its name for {found[1]} and the generator is for {_kind(config)}; give "
+                f"the tokenizer that the generator was trained with, such as {_tokenizer_name(config)}, or rename it"
+            )
+
+
+def _check_stride(
+    state: Mapping[str, Tensor], config: LlamaGenConfig, stride: int, names: Sequence[str]
+) -> None:
+    """Raise `UserError` for a tokenizer of another stride than the generator's, by the rule above."""
+    named = [re.search(r"_ds(\d+)(?:_|$)", Path(name).stem) for name in names if not name.startswith("vq_")]
+    if llamagen.STRIDE in state:
+        wanted = int(state[llamagen.STRIDE])
+    elif told := next(filter(None, named), None):
+        wanted = int(told[1])
+    else:
+        wanted = STRIDE if (config.depth, config.width) in PUBLISHED else stride
+    if stride != wanted:
+        raise UserError(
+            f"the tokenizer's tokens have {stride} pixels a side and the generator's {wanted}; give the tokenizer that "
+            f"the generator was trained with, such as {_tokenizer_name(config, wanted)}, or end the generator's name "
+            f"in _ds{stride}"
+        )
 
 
 def _pixels(state: Mapping[str, Tensor], config: LlamaGenConfig, names: Sequence[str]) -> int:
@@ -94,9 +137,13 @@ def _grid(pixels: int, tokenizer: VQConfig) -> int:
     if rest or not side:
         raise UserError(
             f"pictures of {pixels} pixels a side are no multiple of the tokenizer's {tokenizer.conv.stride}; give the "
-            "tokenizer that the generator was trained with"
+            f"tokenizer that the generator was trained with, such as {TOKENIZER_FILE}"
         )
     return side
+
+
+def _tokenizer_name(config: LlamaGenConfig, stride: int = STRIDE) -> str:
+    return f"vq_ds{stride}_{_kind(config)}.pt"
 
 
 def _kind(config: LlamaGenConfig) -> str:

@@ -82,6 +82,7 @@ def _tokenizer_config(state: Mapping[str, Tensor], generator: MARConfig) -> KLCo
     if patch**2 * config.conv.latent_channels != generator.channels:
         raise UserError(
             f"the generator's tokens have {generator.channels} numbers, no square patches of the autoencoder's "
-            f"{config.conv.latent_channels} channels; give the autoencoder that the generator was trained with"
+            f"{config.conv.latent_channels} channels; give the autoencoder that the generator was trained with, such "
+            f"as {TOKENIZER_FILE}"
         )
     return replace(config, patch=patch)

@@ -19,6 +19,8 @@ from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 
+TOKENIZER_FILE = "vae_ch160v4096z32.pth"
+
 SETTINGS = Settings(guidance=2.5, ramp=True, top_k=900, top_p=0.96)
 """Published sampling; its cfg 1.5, (1 + t) c - t u with t up to 1.5, is u + s (c - u) with s up to 2.5."""
 
@@ -92,7 +94,7 @@ def check_pair(tokenizer: MultiScaleVQConfig, generator: VARConfig, vocab_size: 
         if theirs != ours:
             raise UserError(
                 f"the tokenizer's {what} is {theirs} and the generator's is {ours}; give the tokenizer that the "
-                "generator was trained with"
+                f"generator was trained with, such as {TOKENIZER_FILE}"
             )
 
 

@@ -150,6 +150,21 @@ def from_files(
     return pipeline_from_published(files, dtype)
 
 
+def expanded(path: StrPath) -> list[Path]:
+    """The published files that a path stands for: itself, or those of a folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return [folder]
+    if (folder / CONFIG).is_file():
+        raise UserError(f"{str(path)!r} is a folder of varkit's already; load it as it is")
+    if not (files := _chosen(folder, None)):
+        raise UserError(
+            f"the folder {str(path)!r} holds no checkpoint ({', '.join(SUFFIXES)}); give the files of the tokenizer "
+            "and the generator"
+        )
+    return files
+
+
 def _chosen(folder: Path, variant: str | None) -> list[Path]:
     if variant is None:
         whole = [name for name, files in VARIANTS.items() if not _missing(folder, files)]

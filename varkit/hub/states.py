@@ -8,6 +8,7 @@ one by one instead (`varkit.hub.tensor_file`), so that the file's pages do not c
 import argparse
 import difflib
 import itertools
+import pickletools
 import re
 import threading
 import warnings
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.serialization import MAGIC_NUMBER
 
 from varkit.errors import UserError
 from varkit.files import StrPath, atomic_write
@@ -72,16 +74,47 @@ def read_checkpoint(path: StrPath, mapped: bool = True) -> dict[str, Any]:
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # damage shows as many kinds
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code:
+        refused, plain = re.search(r"GLOBAL ([\w.]+)", str(error)), plain_pickle(path)
+        if code := [refused[1]] if refused else plain:
             raise UserError(
-                f"{str(path)!r} holds more than tensors ({code[1]}); code in checkpoints is never run: save its state "
-                "dict alone"
+                f"{str(path)!r} holds more than tensors ({code[0]}); code in checkpoints is never run: save its state "
+                "dict alone, with torch.save"
+            ) from error
+        if plain is not None:
+            raise UserError(
+                f"{str(path)!r} is a plain pickle and no checkpoint; save a state dict, with torch.save"
             ) from error
         raise UserError(f"{str(path)!r} is damaged or no checkpoint; fetch or save it again") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{str(path)!r} holds a {type(loaded).__name__}; a checkpoint is a dict of tensors")
     return loaded
+
+
+def plain_pickle(path: StrPath) -> list[str] | None:
+    """What code a file of Python's own `pickle` names, if it is one; nothing is executed.
+
+    torch's old format begins with a pickle too, of one number; such a file is damaged if it could not be read.
+    """
+    named: list[str] = []
+    strings: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):
+            return None
+        with open(path, "rb") as file:
+            for code, value, _ in pickletools.genops(file):
+                if (
+                    value == MAGIC_NUMBER or code.name == "PERSID"
+                ):  # "P", which a zip file begins with, cut too
+                    return None
+                if code.name in ("GLOBAL", "INST"):
+                    named.append(str(value).replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    named.append(".".join(strings[-2:]) or "code")
+                elif isinstance(value, str):
+                    strings.append(value)
+    except Exception:  # whatever its bytes were taken for, it is no pickle
+        return None
+    return named
 
 
 class _NoInitialisation(TorchFunctionMode):

@@ -15,7 +15,7 @@ from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
-from varkit.hub.keymap import Rule, entry, from_published, grouped, joined, part, to_published
+from varkit.hub.keymap import Rule, check_depth, entry, from_published, grouped, joined, part, to_published
 from varkit.hub.states import State, build_empty
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.conv import ConvConfig
@@ -29,6 +29,10 @@ SCHEDULES: dict[int, tuple[int, ...]] = {
 """The published schedules, by their number of positions."""
 
 HEAD_WIDTH = 64
+
+DEPTHS = {64 * depth: depth for depth in (16, 20, 24, 30, 32, 36)}
+"""Blocks by width, of all that is published in this layout: VAR, HMAR, FlexVAR and M-VAR."""
+
 USAGE, LEVELS, MASK, KEY_BIAS = "quantize.ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking", ".zero_k_bias"
 
 GENERATOR_RULES = (
@@ -151,7 +155,7 @@ def generator_configs(
     classes, width = entry(state, "class_emb.weight", "VAR generator").shape
     scale = state.get("blocks.0.attn.scale_mul_1H11")
     config = VARConfig.published(
-        depth_of(state),
+        check_depth("VAR generator", depth_of(state), width, DEPTHS),
         schedule or generator_schedule(state),
         width=width,
         heads=max(1, width // HEAD_WIDTH) if scale is None else scale.shape[1],
