@@ -6,7 +6,7 @@
 Legend: R condition branches, B samples.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from varkit.canvases.base import Canvas
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
 from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer, Ramp
@@ -61,6 +62,12 @@ class Settings:
     guidance_layer: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("guidance", "ramp", "temperature"):
+            values = getattr(self, name)
+            if isinstance(values, list):  # a tuple has a hash, by which tables of steps are kept
+                object.__setattr__(self, name, tuple(values))
+            if values in ([], ()):
+                raise UserError(f"{name} is an empty list; give one number, or a number for each step")
         self.combine(), self.sampler()  # validates
 
     def combine(self) -> Guidance:
@@ -208,6 +215,17 @@ class Pipeline:
         """
         return scheduled(self, schedule, greedy_unseen, clamp)
 
+    def chosen(self, given: Mapping[str, Any]) -> Settings:
+        """The model's own settings with some replaced. Raises `UserError` for those that its heads cannot use."""
+        if not any(head.picks for head in self.model.heads.values()):
+            for name in ("top_k", "top_p"):
+                if given.get(name):
+                    raise UserError(
+                        f"{name} {given[name]} keeps the likeliest of several codes, and this model draws real "
+                        "numbers; leave it out"
+                    )
+        return replace(self.settings, **given)
+
     def sampling(self, settings: Settings | None = None) -> Settings:
         """Settings, by default the model's own, as a run applies them: in any schedule, by its steps."""
         return by_schedule(settings or self.settings, self.configs["plan"])
@@ -225,6 +243,8 @@ class Pipeline:
         not know.
         """
         told = condition_of(self.condition, prompts, self.how.text, self.how.tokens)
+        if "features" in told:
+            _check_finite(told["features"], prompts)
         return {name: values.to(self.device) for name, values in told.items()}
 
     def unconditional(self, batch: int) -> Condition:
@@ -272,14 +292,14 @@ class Pipeline:
             condition = {k: torch.cat([v, away[k]]) for k, v in condition.items()}
         elif negative is not None:
             raise UserError(f"a negative prompt needs guidance, which is {settings.guidance}; set it above 1")
-        sampler = SmoothSampler(pick, self._codebook()) if settings.smooth else pick
+        canvas = self.tokenizer.canvas(batch, self.schedule)
+        sampler = SmoothSampler(pick, self._codebook(canvas)) if settings.smooth else pick
         cache = self.how.cache(batch, 1 if combine.off else 2, self.model.plan.slots)
         how = self.how
         options = Options(combine, how.wrap(sampler), how.ports, how.override, settings.temperature)
         if settings.guidance_layer:
             options = self._guided_at(settings.guidance_layer, combine, options)
         prepared = self.generator.prepare(condition)
-        canvas = self.tokenizer.canvas(batch, self.schedule)
         return State.start(canvas, cache, prepared, Draws.start(seed, samples), options)
 
     def _guided_at(self, layer: int, guidance: Guidance, options: Options) -> Options:
@@ -294,10 +314,12 @@ class Pipeline:
         ports: Ports = {**(options.ports or {}), site: GuidedLayer(guidance)}
         return replace(options, combine=Conditional(), ports=ports)
 
-    def _codebook(self) -> torch.Tensor:
+    def _codebook(self, canvas: Canvas) -> torch.Tensor:
         codebook = getattr(getattr(self.tokenizer, "quantizer", None), "codebook", None)
         if codebook is None:
             raise UserError("smooth mixes codes, and this model has none; leave it out")
+        if "codes" not in canvas.tensors():
+            raise UserError("smooth adds up mixed codes, and this model takes each code whole; leave it out")
         return codebook
 
     def starts(
@@ -321,7 +343,7 @@ class Pipeline:
         self, prompts: Sequence[Prompt], seed: int = 0, negative: Prompt | None = None, **settings: Any
     ) -> Iterator[list[Image.Image]]:
         """The pictures so far, after each step; the last are the finished ones. `settings` replace the model's own."""
-        state = self.start(prompts, seed, settings=replace(self.settings, **settings), negative=negative)
+        state = self.start(prompts, seed, settings=self.chosen(settings), negative=negative)
         for _ in decode(self.model, state):
             yield self.pictures(state)
 
@@ -340,7 +362,7 @@ class Pipeline:
         from. `settings` replace the model's own: guidance, temperature, top_k, top_p, smooth; they follow the schedule
         (`sampling`). Raises `UserError` for unknown words or labels, n below 1, a negative seed.
         """
-        chosen = replace(self.settings, **settings)
+        chosen = self.chosen(settings)
         states = self.starts(self.jobs(prompts, n), seed, batch_size, chosen, negative=negative)
         return [image for state in states for image in self.pictures(run(self.model, state))]
 
@@ -408,6 +430,16 @@ class Pipeline:
             folder = Path(scratch) / "model"
             self.save(folder)
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+
+def _check_finite(features: torch.Tensor, prompts: Sequence[Prompt]) -> None:
+    """Raise `UserError` for features (1, B, T, D) that would make a picture of nothing, whoever computed them."""
+    good = features.isfinite().all(-1).all(-1)[0]
+    if not bool(good.all()):
+        raise UserError(
+            f"the features of {str(prompts[int((~good).nonzero()[0])])[:60]!r} have NaN or infinity; compute them anew "
+            "in float32, as by varkit embed"
+        )
 
 
 def route_of(part: str) -> str | None:
