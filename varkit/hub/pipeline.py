@@ -18,9 +18,10 @@ from PIL import Image
 from varkit.canvases.base import Canvas
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
-from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer, Ramp
+from varkit.decode.guidance import Conditional, Guidance, GuidedLayer
 from varkit.decode.loop import Model, decode, run
-from varkit.decode.sampling import Sampler, SmoothSampler
+from varkit.decode.sampling import SmoothSampler
+from varkit.decode.settings import Settings as Settings
 from varkit.decode.state import Options, Override, State
 from varkit.draws import Draws
 from varkit.errors import UserError, unknown_name
@@ -41,42 +42,6 @@ from varkit.tokenizers.tiled import set_tile
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 DEFAULT_BATCH = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to sample. guidance s means u + s (c - u): 1 is off; `ramp` raises it from 1 over the steps (VAR).
-
-    temperature 0 is arg-max, or no noise in the steps of a head over real numbers; top_k 0 and top_p 0 keep every code;
-    `smooth` mixes codes (VAR's more_smooth). guidance and temperature may be lists, a number for each step.
-    guidance_layer: the block after which hidden states are guided, counted back from the last, -1 (Infinity); 0 guides
-    the head's output.
-    """
-
-    guidance: BySteps = 1.0
-    ramp: Ramp = False
-    temperature: BySteps = 1.0
-    top_k: int = 0
-    top_p: float = 0.0
-    smooth: bool = False
-    guidance_layer: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("guidance", "ramp", "temperature"):
-            values = getattr(self, name)
-            if isinstance(values, list):  # a tuple has a hash, by which tables of steps are kept
-                object.__setattr__(self, name, tuple(values))
-            if values in ([], ()):
-                raise UserError(f"{name} is an empty list; give one number, or a number for each step")
-        self.combine(), self.sampler()  # validates
-
-    def combine(self) -> Guidance:
-        """The guidance over branches."""
-        return Guidance(self.guidance, self.ramp)
-
-    def sampler(self) -> Sampler:
-        """The sampler of ids."""
-        return Sampler(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
