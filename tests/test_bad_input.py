@@ -33,6 +33,17 @@ def test_prompts_that_a_text_model_does_not_know(fails: Fails, text_model: Path)
     assert "label 3 was given to a text model" in fails("generate", "--label", 3, "--model", text_model)
 
 
+def test_recipes_that_are_no_models_yet(fails: Fails) -> None:
+    says = "'llamagen-scenes' is a recipe, and no model of it comes with varkit; run varkit train llamagen-scenes --out"
+    for command in (
+        ("generate", "a", "--model"),
+        ("serve", "--port", 0, "--model"),
+        ("evaluate", "--suite", "scenes"),
+        ("bench",),
+    ):
+        assert says in fails(*command, "llamagen-scenes")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -117,3 +117,9 @@ def test_the_command_prints_one_json_object(capsys):
 def test_rounds_below_one_are_refused(capsys):
     assert main(["bench", "digits", "--rounds", "0"]) != 0
     assert "--rounds is 0" in capsys.readouterr().err
+
+
+def test_an_unknown_name_lists_models_and_released_sizes(capsys):
+    assert main(["bench", "infinity-2b"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(name in err for name in ("infinity-125m", "var-d16", "scenes-tidy"))

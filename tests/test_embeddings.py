@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests import text_models
@@ -117,6 +118,18 @@ def test_files_that_are_something_else(tmp_path: Path):
         Embeddings.load(tmp_path / "features.pt")
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_no_numbers_draw_nothing(tmp_path: Path, suffix: str, bad: float):
+    features = np.ones((2, 3, WIDTH), np.float32)
+    features[1, 2, 5] = bad
+    path = write(tmp_path / f"e{suffix}", features=features, mask=MASK, prompts=np.array(["a", "b"]))
+    pipeline = text_models.infinity().with_text(Embeddings.load(path))
+    pipeline.generate("a")
+    with pytest.raises(UserError, match="the features of 'b' have NaN or infinity; compute them anew"):
+        pipeline.generate(["a", "b"])
+
+
 def test_prompts_that_are_not_there(tmp_path: Path):
     save_embeddings(tmp_path / "e.npz", {"a red circle": torch.ones(2, 3)})
     with pytest.raises(UserError, match="unknown prompt 'a rod circle'; did you mean 'a red circle'"):
@@ -131,7 +144,7 @@ def run(*words: object) -> None:
 
 
 def drawn(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
 @pytest.fixture
@@ -192,6 +205,14 @@ def test_one_line_for_each_mistake(
     assert "unknown prompt 'a red circle'" in fails(*model, "--embeddings", "wide.npz")
     write(tmp_path / "other.npz", features=ONES)
     assert "holds no embeddings" in fails(*model, "--embeddings", "other.npz")
+    write(
+        tmp_path / "twice.npz",
+        features=np.ones((2, 3, WIDTH), np.float32),
+        mask=MASK,
+        prompts=np.array([SHORT, SHORT]),
+    )
+    said = fails(*model, "--embeddings", "twice.npz")
+    assert "'twice.npz' has 2 prompts of which 1 differ: row 0 is there once more" in said
     assert "there is no text encoder in '/no/where'" in fails(*model, "--text-encoder", "/no/where")
     assert "give one of them" in fails(*model, "--text-encoder", t5, "--embeddings", "wide.npz")
     assert "--clean-prompts is for what a text encoder reads" in fails(*model, "--clean-prompts")
@@ -199,3 +220,22 @@ def test_one_line_for_each_mistake(
     assert "a negative prompt needs guidance" in fails(*model, *given)
     assert "no name for embeddings" in fails("embed", "prompts.txt", "--text-encoder", t5, "--out", "e.pt")
     assert "takes no features" in fails("generate", "--label", 1, "--model", "digits", "--text-encoder", t5)
+
+
+def test_an_edit_reads_words_as_drawing_does(t5: Path, features_model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save("mine.png")
+    Path("short.txt").write_text(SHORT)
+    words = ("edit", "mine.png", "--box", 0, 0, 1, 0.5, "--model", features_model, "--raw")
+    run("embed", "short.txt", "--text-encoder", t5, "--out", "e.npz")
+    run(*words, SHORT, "--text-encoder", t5, "--out", "a.png")
+    run(*words, SHORT, "--embeddings", "e.npz", "--out", "b.png")
+    run(*words, LONG, "--text-encoder", t5, "--out", "c.png")
+    a, b, c = (Path(name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
+
+
+def test_a_server_takes_no_model_that_it_cannot_read_words_for(features_model: Path, capsys):
+    assert main(["serve", "--model", str(features_model), "--port", "0"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "takes features of words, which varkit serve does not compute" in err

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from tests import models
 from tests.contracts import CASES
 from varkit.decode.cache.full import FullCache
 from varkit.draws import Stream
+from varkit.errors import UserError
 from varkit.generators.conditioning import ClassConfig
 from varkit.hub.pipeline import Pipeline, Settings, route_of
 
@@ -74,3 +76,37 @@ def test_parts_named_after_routes_serve_them(tmp_path) -> None:
     steps = [dataclasses.replace(step, route="fine") for step in parts["plan"].steps]
     loaded.model.plan.steps[:] = steps  # type: ignore[attr-defined]
     assert loaded.generate([0])[0].size == both.generate([0])[0].size
+
+
+def test_numbers_for_each_step_may_be_lists() -> None:
+    lists = Settings(guidance=[1.0, 2.0, 3.0], temperature=[1.0, 0.5, 0.2])  # type: ignore[arg-type]
+    assert lists == Settings(guidance=(1.0, 2.0, 3.0), temperature=(1.0, 0.5, 0.2))
+    assert Settings(ramp=[0.0, 1.0]).ramp == (0.0, 1.0)  # type: ignore[arg-type]
+    drawn = [
+        pipeline().generate([0, 1], guidance=kind((1.0, 2.0, 3.0)), temperature=kind((1.0, 0.5, 0.2)))
+        for kind in (list, tuple)
+    ]
+    assert [image.tobytes() for image in drawn[0]] == [image.tobytes() for image in drawn[1]]
+
+
+@pytest.mark.parametrize("name", ["guidance", "ramp", "temperature"])
+@pytest.mark.parametrize("empty", [[], ()])
+def test_an_empty_list_says_nothing_of_any_step(name: str, empty: object) -> None:
+    with pytest.raises(UserError, match=f"{name} is an empty list; give one number"):
+        Settings(**{name: empty})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["llamagen-class", "pixelcnn-class", "mar-class", "infinity-text"])
+def test_smooth_is_refused_where_codes_do_not_add_up(name: str) -> None:
+    prompt = "a ring" if name.endswith("text") else 1
+    with pytest.raises(UserError, match="smooth .*; leave it out"):
+        CASES[name].pipeline(Settings()).generate(prompt, smooth=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", 3), ("top_p", 0.5)])
+def test_the_likeliest_codes_are_no_choice_for_a_model_of_real_numbers(name: str, value: float) -> None:
+    mar = CASES["mar-class"].pipeline(Settings())
+    for call in (mar.generate, lambda *given, **more: next(mar.stream(*given, **more))):
+        with pytest.raises(UserError, match=f"{name} {value} .* draws real numbers; leave it out"):
+            call([1], **{name: value})
+    mar.generate(1, **{name: 0})  # says that all are kept

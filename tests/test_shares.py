@@ -1,13 +1,21 @@
 """Drawing shared among processes or machines gives the pictures of one, byte for byte."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import models
 from tests.launch import launch
+from tests.models import CLASSES, tiny_pipeline
+from varkit.cli.generate import BATCH
 from varkit.cli.main import main
+from varkit.decode.state import State
+from varkit.generators.conditioning import ClassConfig
+from varkit.hub.pipeline import Pipeline
+from varkit.hub.prompts import Prompt
 
 class_model = models.class_model
 
@@ -40,6 +48,101 @@ def test_shares_together_are_the_whole(class_model: Path, prompts: Path, tmp_pat
     whole = drawn(tmp_path / "whole")
     assert len(whole) == 11 and len(set(whole.values())) > 5
     assert drawn(tmp_path / "parts") == whole
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_pictures_are_drawn_in_the_batches_of_many(
+    class_model: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Sums of small models hardly round differently, so the batches themselves are looked at."""
+    sizes: list[int] = []
+    starts = Pipeline.starts
+
+    def watched(self: Pipeline, prompts: Sequence[Prompt], *rest: Any) -> Iterator[State]:
+        for state in starts(self, prompts, *rest):
+            sizes.append(state.canvas.batch)
+            yield state
+
+    monkeypatch.setattr(Pipeline, "starts", watched)
+    few = tmp_path / "few.txt"
+    few.write_text("".join(f"{i % 3}\n" for i in range(count)))
+    generate(class_model, few, tmp_path / "whole")
+    for share in range(2):
+        generate(class_model, few, tmp_path / "parts", "--shard", f"{share}/2")
+    assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
+    assert sizes and set(sizes) == {BATCH}
+
+
+def test_several_versions_of_a_caption_are_drawn_alike_however_shared(class_model: Path, tmp_path: Path):
+    words = ["generate", "cat", "--model", str(class_model), "--n", "3", "--out"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    for share in range(3):
+        assert main([*words, str(tmp_path / "parts"), "--shard", f"{share}/3"]) == 0
+    assert drawn(tmp_path / "whole") == drawn(tmp_path / "parts")
+    assert (tmp_path / "whole/.generate.json").read_text() == (tmp_path / "parts/.generate.json").read_text()
+
+
+def refused(capsys: pytest.CaptureFixture[str], model: Path, prompts: Path, out: Path, *options: str) -> str:
+    """The line with which going on is refused; nothing is drawn."""
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    command = ["generate", "--model", str(model), "--prompts", str(prompts), "--out", str(out), "--resume"]
+    capsys.readouterr()
+    assert main([*command, *options]) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    return said.err
+
+
+def test_pictures_of_another_run_are_not_gone_on_with(
+    class_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out, others = tmp_path / "out", tmp_path / "others.txt"
+    others.write_text("2\n" * 11)
+    tiny_pipeline(ClassConfig(len(CLASSES), CLASSES), seed=1).save(tmp_path / "retrained")
+    generate(class_model, prompts, out, "--seed", "3")
+    for path in sorted(out.glob("*.png"))[:4]:
+        path.unlink()
+    assert "are of another run (seed 3, not 4); leave out --resume" in refused(
+        capsys, class_model, prompts, out, "--seed", "4"
+    )
+    same = ("--seed", "3")
+    for name, options in {
+        "top_k": ("--top-k", "2"),
+        "guidance": ("--guidance", "3"),
+        "dtype": ("--dtype", "bfloat16"),
+        "n": ("--n", "2"),
+    }.items():
+        assert f"({name} " in refused(capsys, class_model, prompts, out, *same, *options)
+    assert "(prompts " in refused(capsys, class_model, others, out, *same)
+    assert "(model " in refused(capsys, tmp_path / "retrained", prompts, out, *same)
+    generate(class_model, prompts, out, *same, "--resume", "--shard", "0/2")
+    generate(class_model, prompts, out, *same, "--resume", "--shard", "1/2")
+    generate(class_model, prompts, tmp_path / "whole", *same)
+    assert drawn(out) == drawn(tmp_path / "whole")
+
+
+def test_drawing_over_another_run_is_no_mixture_until_it_is_done(
+    class_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    generate(class_model, prompts, out, "--seed", "3")
+    generate(class_model, prompts, out, "--seed", "4", "--shard", "0/2")  # the others are of seed 3 still
+    assert "(pictures of several runs, not of one)" in refused(
+        capsys, class_model, prompts, out, "--seed", "4"
+    )
+    generate(class_model, prompts, out, "--seed", "4")
+    generate(class_model, prompts, out, "--seed", "4", "--resume")
+    assert "(seed 4, not 3)" in refused(capsys, class_model, prompts, out, "--seed", "3")
+
+
+def test_without_a_name_each_picture_has_its_prompts(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("cat\ndog\n")
+    assert main(["generate", "--model", str(class_model), "--prompts", "prompts.txt"]) == 0
+    assert sorted(drawn(tmp_path)) == ["0-cat.png", "1-dog.png"]
 
 
 def test_a_run_that_was_interrupted_draws_only_what_is_missing(

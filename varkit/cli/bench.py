@@ -1,13 +1,14 @@
 """`varkit bench`: how fast one picture is made here, part by part, and how near that is to the machine's limit."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from varkit.cli.console import log, print_json, print_table
-from varkit.cli.models import DEFAULT_MODEL
-from varkit.errors import UserError
+from varkit.cli.models import DEFAULT_MODEL, check_no_recipe, opened
+from varkit.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class Bench:
         from varkit.bench.measure import any_condition, measure
         from varkit.bench.sizes import SIZES, random_model
         from varkit.hardware import hardware
-        from varkit.hub.pipeline import load
+        from varkit.hub.pipeline import bundled
 
-        pipeline = random_model(self.what) if self.what in SIZES else load(self.what)
+        if self.what not in SIZES and self.what not in bundled() and not Path(self.what).exists():
+            check_no_recipe(self.what)
+            hint = f"(models: {', '.join(bundled())}; released sizes: {', '.join(SIZES)}; or a folder)"
+            raise unknown_name("model or size", self.what, [*bundled(), *SIZES], hint)
+        pipeline = random_model(self.what) if self.what in SIZES else opened(self.what)
         pipeline = pipeline.to(getattr(torch, self.dtype))
         if self.packed:
             pipeline.packed()

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from varkit.cli.generate import Ordered, parse_size, save_picture
-from varkit.cli.models import DEFAULT_MODEL
+from varkit.cli.models import DEFAULT_MODEL, opened
+from varkit.cli.words import Words
 from varkit.errors import UserError
 from varkit.files import ensure_writable
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Edit(Ordered):
+class Edit(Words, Ordered):
     """Draw part of a picture anew: in-painting, out-painting, or another class in its place."""
 
     picture: Positional[Path]
@@ -63,6 +64,7 @@ class Edit(Ordered):
             raise UserError(
                 "--place is for drawing more around a picture; add --size, and leave --refine out, or leave it out"
             )
+        self.check_words()
         self.check_order(self.size)
         if self.caption is not None and self.label is not None:
             raise UserError(f"caption {self.caption!r} and label {self.label} were given; give one of them")
@@ -95,11 +97,10 @@ class Edit(Ordered):
         from varkit.devices import find_device
         from varkit.edit.inpaint import box_mask, inpaint, paste
         from varkit.edit.refine import refine, surrounded
-        from varkit.hub.pipeline import load
 
-        size, pipeline = parse_size(self.size), load(self.model).to(find_device(self.device))
+        size, pipeline = parse_size(self.size), opened(self.model).to(find_device(self.device))
         prompt = self.caption if self.label is None else self.label
-        pipeline = self.in_order(pipeline.sized(size))
+        pipeline = self.with_words(self.in_order(pipeline.sized(size)))
         if self.refine:
             return refine(pipeline, original, prompt, self.n, self.seed, **self.chosen())
         if size is not None:

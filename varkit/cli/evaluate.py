@@ -119,14 +119,14 @@ class Evaluate(Sampling):
             print_table(*TABLES[self.suite](facts))
 
     def _of_model(self, facts: dict[str, Any]) -> tuple[dict[str, Any], Report]:
+        from varkit.cli.models import opened
         from varkit.devices import find_device
-        from varkit.hub.pipeline import load
 
-        pipeline = load(self.model).to(find_device(self.device))
+        pipeline = opened(self.model).to(find_device(self.device))
         number = self.n or NUMBERS[self.suite]
         if self.suite == "reconstruction":
             return self._reconstruction(pipeline, number, facts)
-        settings = replace(pipeline.settings, **self.chosen())
+        settings = pipeline.chosen(self.chosen())
         facts |= {"seed": self.seed, "settings": asdict(settings)}
         return facts, (self._scenes if self.suite == "scenes" else self._digits)(pipeline, number, settings)
 
@@ -222,7 +222,7 @@ class Evaluate(Sampling):
         from varkit.hub.pipeline import Pipeline
 
         if isinstance(judged, Pipeline):
-            return replace(judged.settings, **self.chosen())
+            return judged.chosen(self.chosen())
         if self.chosen():
             raise UserError(f"--{next(iter(self.chosen()))} is for drawing, and {self.model!r} is no model")
         return None

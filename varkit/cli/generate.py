@@ -3,23 +3,22 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from varkit.cli.console import progress
-from varkit.cli.models import DEFAULT_MODEL
+from varkit.cli.models import DEFAULT_MODEL, opened
+from varkit.cli.run_record import claim, model_digest, prompts_digest, settle
+from varkit.cli.words import Words
 from varkit.errors import UserError
-from varkit.files import atomic_write, ensure_writable
+from varkit.files import atomic_write, ensure_writable, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from varkit.hub.embeddings import Embeddings
     from varkit.hub.pipeline import Pipeline
-    from varkit.hub.prompts import TextSource
 
 BATCH = 8
 Job = tuple[int, str | int]
@@ -87,7 +86,7 @@ class Ordered(Sampling):
 
 
 @dataclass(frozen=True)
-class Generate(Ordered):
+class Generate(Words, Ordered):
     """Make pictures from a caption, a label, or a file of prompts."""
 
     caption: Positional[str | None] = None
@@ -100,12 +99,6 @@ class Generate(Ordered):
     """A text file with one prompt a line."""
     negative: str | None = None
     """What guidance leads away from: a caption, or a class; by default away from nothing in particular."""
-    text_encoder: str | None = None
-    """For a model that takes features of words: a folder, or name on the Hugging Face hub, of a T5 or CLIP."""
-    embeddings: Path | None = None
-    """In place of a text encoder: a file made by varkit embed. Without a caption, all prompts in it are drawn."""
-    clean_prompts: bool = False
-    """Clean what the text encoder reads, as the captions that LlamaGen was trained on."""
     n: int = 1
     """Pictures for each prompt."""
     seed: int = 0
@@ -113,7 +106,7 @@ class Generate(Ordered):
     size: str | None = None
     """HEIGHTxWIDTH in pixels, if the model makes several."""
     out: Path | None = None
-    """FILE.png (n > 1 writes FILE-0.png ...) or a folder; by default a name made from the prompt."""
+    """FILE.png (n > 1 writes FILE-0.png ...) or a folder; by default names made from the prompts."""
     shard: str | None = None
     """I/N: draw only the pictures whose number leaves I when divided by N, so that N processes or machines share the
     work; the pictures are the same for any N."""
@@ -135,13 +128,8 @@ class Generate(Ordered):
     """Decode pictures in tiles of so many pixels a side, for large ones in little memory."""
 
     def __post_init__(self) -> None:
-        if self.text_encoder is not None and self.embeddings is not None:
-            raise UserError("--text-encoder and --embeddings were given; give one of them")
+        self.check_words()
         self.check_order(self.size)
-        if self.clean_prompts and self.text_encoder is None:
-            raise UserError(
-                "--clean-prompts is for what a text encoder reads; give --text-encoder, or clean in varkit embed"
-            )
 
     def run(self) -> None:
         """Write the pictures and print their paths."""
@@ -164,53 +152,81 @@ class Generate(Ordered):
         # A mistake in the last prompt shows before the first is drawn.
         pipeline = self.opened().reading(asked)
         jobs = list(enumerate(pipeline.jobs(prompts, self.n)))
+        alike = self._alike(len(jobs))
         strip_targets = self._strip_targets(prompts)
         if not self.grid:
+            record = self._record(prompts)
+            # A single picture leaves no file beside itself, unless it is part of a shared run.
+            kept = alike or self.resume or self.shard is not None
+            facts = self._facts(pipeline, prompts, alike) if kept else {}
+            claimed = claim(record, facts, targets, self.resume) if kept else None
             left = [job for job in jobs[share] if not (self.resume and targets[job[0]].exists())]
-            for number, image, strip in self._drawn(pipeline, left):
+            for number, image, strip in self._drawn(pipeline, left, alike):
+                if claimed is not None:  # not before: what fails at the first picture leaves nothing
+                    write_json(record, claimed)
+                    claimed = None
                 if strip is not None:
                     save_picture(strip, strip_targets[number])
                 # At once: what is drawn is not lost when the rest is interrupted.
                 save_picture(image, targets[number])
+            if kept and len(left) == len(jobs):
+                settle(record, facts)
             return
 
         from varkit.pictures import grid
 
-        _, images, strips = zip(*self._drawn(pipeline, jobs), strict=True)
+        _, images, strips = zip(*self._drawn(pipeline, jobs, alike), strict=True)
         save_picture(grid(images, columns=min(len(images), 8 if self.n == 1 else self.n)), targets[0])
         for strip_path, strip in zip(strip_targets, strips, strict=True):
             if strip is not None:
                 save_picture(strip, strip_path)
+
+    def _record(self, prompts: Sequence[str | int]) -> Path:
+        """Where it is told what the pictures are of: a hidden file, since folders of pictures are read as such."""
+        out = self._out(prompts)
+        return out.with_name(f".{out.stem}.json") if is_file(out) else out / ".generate.json"
+
+    def _facts(self, pipeline: "Pipeline", prompts: Sequence[str | int], alike: bool) -> dict[str, Any]:
+        """What the pictures' bytes depend on, on machines of one kind."""
+        from varkit.hub.config import to_json
+
+        words = {name: getattr(self, name) for name in ("text_encoder", "embeddings")}
+        return {
+            "model": model_digest(pipeline),
+            "seed": self.seed,
+            "prompts": prompts_digest(prompts),
+            "n": self.n,
+            "negative": self.negative,
+            "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
+            "batch": BATCH if alike else 1,
+            **{name: Path(place).name if place else None for name, place in words.items()},
+            "clean_prompts": self.clean_prompts,
+            "tile": self.tile,
+            **to_json(pipeline.chosen(self.chosen())),
+        }
 
     def opened(self) -> "Pipeline":
         """The model, as the options want it."""
         size = parse_size(self.size)
 
         from varkit.devices import find_device
-        from varkit.hub.pipeline import load
 
         device = find_device(self.device)
-        pipeline = load(self.model, self.dtype, self.offload).to(device).sized(size)
+        pipeline = opened(self.model, self.dtype, self.offload).to(device).sized(size)
         pipeline = self.in_order(pipeline)
         if self.tile is not None:
             pipeline.tiled(self.tile)
-        source = self._text_source()
-        return pipeline if source is None else pipeline.with_text(source)
+        return self.with_words(pipeline)
 
-    def _text_source(self) -> "TextSource | None":
-        if self.embeddings is not None:
-            return self._stored
-        if self.text_encoder is not None:
-            from varkit.hub.text_encoders import PretrainedEncoder
+    def _alike(self, count: int) -> bool:
+        """Whether all batches of a run over `count` pictures have one size, since sums round differently in another.
 
-            return PretrainedEncoder.load(self.text_encoder, clean=self.clean_prompts)
-        return None
-
-    def _drawn(self, pipeline: "Pipeline", jobs: Sequence[Job]) -> Iterator[Drawn]:
-        """Sums round differently in batches of another size. So all batches have one size where there are several, or
-        where they have to be like those of other processes.
+        They have wherever a run may be shared out or interrupted, whether or not this one is: --shard and --resume
+        have no say, so that they change no picture.
         """
-        alike = len(jobs) > BATCH or self.resume or self.shard is not None
+        return self.prompts is not None or count > (BATCH if self.grid else 1)
+
+    def _drawn(self, pipeline: "Pipeline", jobs: Sequence[Job], alike: bool) -> Iterator[Drawn]:
         if self.ray is None:
             return draw(pipeline, jobs, self, alike)
         from varkit.cli.ray_data import draw_on_ray
@@ -229,15 +245,7 @@ class Generate(Ordered):
             return [self.caption]
         if self.embeddings is None:
             raise UserError("nothing to draw was given; add a caption, --label N or --prompts FILE")
-        return [prompt for prompt in self._stored.prompts if prompt != self.negative]
-
-    @cached_property
-    def _stored(self) -> "Embeddings":
-        """The file of embeddings."""
-        from varkit.hub.embeddings import Embeddings
-
-        assert self.embeddings is not None
-        return Embeddings.load(self.embeddings)
+        return [prompt for prompt in self.stored.prompts if prompt != self.negative]
 
     def _targets(self, prompts: Sequence[str | int]) -> list[Path]:
         return self._paths(prompts, single=self.grid)
@@ -245,10 +253,16 @@ class Generate(Ordered):
     def _strip_targets(self, prompts: Sequence[str | int]) -> list[Path]:
         return [p.with_name(f"{p.stem}-previews.png") for p in self._paths(prompts, single=False)]
 
+    def _out(self, prompts: Sequence[str | int]) -> Path:
+        """--out; else a name from the only prompt, or this folder, in which pictures are named by theirs."""
+        if self.out is not None:
+            return self.out
+        return Path(f"{slug(prompts[0])}.png") if self.grid or len(prompts) == 1 else Path()
+
     def _paths(self, prompts: Sequence[str | int], single: bool) -> list[Path]:
         count = 1 if single else len(prompts) * self.n
-        out = self.out if self.out is not None else Path(f"{slug(prompts[0])}.png")
-        if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):  # a folder
+        out = self._out(prompts)
+        if not is_file(out):
             if single:
                 return [out / "grid.png"]
             jobs = [(i, p) for i, p in enumerate(p for p in prompts for _ in range(self.n))]
@@ -279,12 +293,10 @@ def draw(pipeline: "Pipeline", jobs: Sequence[Job], options: Generate, alike: bo
 
     alike: the last batch is filled up, so that all have one size.
     """
-    from dataclasses import replace
-
     from varkit.decode.loop import decode
     from varkit.pictures import grid
 
-    chosen, previews = replace(pipeline.settings, **options.chosen()), options.previews
+    chosen, previews = pipeline.chosen(options.chosen()), options.previews
     filled = list(jobs)
     if alike:
         filled += filled[-1:] * (-len(jobs) % BATCH)
@@ -309,6 +321,11 @@ def save_picture(image: "Image.Image", path: Path) -> None:
     with atomic_write(path) as part:
         image.save(part)
     print(path)
+
+
+def is_file(out: Path) -> bool:
+    """Whether --out names a picture, in place of a folder."""
+    return out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
 
 
 def slug(prompt: str | int) -> str:

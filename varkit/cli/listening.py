@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from varkit.cli.models import DEFAULT_MODEL
+from varkit.cli.models import DEFAULT_MODEL, opened
 from varkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ def named_models(words: Sequence[str]) -> "dict[str, Pipeline]":
 
     Without words, all bundled ones. Raises `UserError` for a model that is not there.
     """
-    from varkit.hub.pipeline import bundled, load
+    from varkit.hub.pipeline import bundled
 
     words = words or sorted(bundled(), key=lambda name: name != DEFAULT_MODEL)
     if not words:
         raise UserError("no model comes with this installation; give one with --model FOLDER")
     short = [Path(word).name for word in words]
     names = short if len(set(short)) == len(short) else words
-    return {name: load(word) for name, word in zip(names, words, strict=True)}
+    return {name: opened(word) for name, word in zip(names, words, strict=True)}

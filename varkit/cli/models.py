@@ -1,3 +1,35 @@
-"""The model that commands draw with unless another is named. No torch here: `--help` reads it too."""
+"""The models that commands draw with. No torch before one is opened: `--help` reads this too."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from varkit.errors import UserError
+
+if TYPE_CHECKING:
+    from varkit.hub.pipeline import Pipeline
 
 DEFAULT_MODEL = "scenes-tidy"
+"""The model drawn with unless another is named."""
+
+
+def opened(name: str, dtype: str | None = None, offload: str | None = None) -> "Pipeline":
+    """`varkit.load`. Raises `UserError` for a recipe's name that says how to make a model of it."""
+    check_no_recipe(name)
+    from varkit.hub.pipeline import load
+
+    return load(name, dtype, offload)
+
+
+def check_no_recipe(name: str) -> None:
+    """Raise `UserError` for the name of a recipe of which no model is there."""
+    from varkit.hub.pipeline import bundled
+
+    if name in bundled() or Path(name).exists():
+        return
+    from varkit.train.recipes import RECIPES
+
+    if name in RECIPES:
+        raise UserError(
+            f"{name!r} is a recipe, and no model of it comes with varkit; run varkit train {name} --out DIR first, "
+            "then give DIR"
+        )

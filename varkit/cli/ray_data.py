@@ -29,7 +29,7 @@ def draw_on_ray(pipeline: "Pipeline", jobs: Sequence[Job], options: Generate, al
     import torch
     from PIL import Image
 
-    settings = replace(pipeline.settings, **options.chosen())
+    settings = pipeline.chosen(options.chosen())
     for _, prompt in jobs[:1]:  # a mistake in the settings shows here, not on a worker
         pipeline.start([prompt], options.seed, settings=settings, negative=options.negative)
     batches = [{"jobs": json.dumps(jobs[i : i + BATCH])} for i in range(0, len(jobs), BATCH)]

@@ -133,7 +133,7 @@ def start_kept(
 
     Without a prompt the model is not told what. Settings are changes to the pipeline's, and follow its schedule.
     """  # fmt: skip
-    n, chosen = len(numbers), replace(pipeline.settings, **settings)
+    n, chosen = len(numbers), pipeline.chosen(settings)
     if prompt is None:
         empty = pipeline.unconditional(n)
         state = pipeline.start_from(empty, seed, numbers, replace(chosen, guidance=1.0))

@@ -8,6 +8,7 @@ Legend: R branches, B samples, T targets, C width.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -42,7 +43,12 @@ class Ask:
 
 
 class Head(nn.Module, ABC):
-    """Distribution of targets given hidden states; `route` names in a plan choose among several."""
+    """Distribution of targets given hidden states; `route` names in a plan choose among several.
+
+    picks: whether it draws codes by `Ask.pick`, so that top-k and top-p mean something.
+    """
+
+    picks: ClassVar[bool] = True
 
     @abstractmethod
     def loss(self, h: Tensor, targets: dict[str, Tensor], draws: dict[str, Tensor] | None = None) -> Tensor:

@@ -63,6 +63,8 @@ class DiffusionHead(Head):
     training; `reverse` those that sampling visits.
     """
 
+    picks = False
+
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         self.config = config

@@ -6,7 +6,7 @@
 Legend: R condition branches, B samples.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from varkit.canvases.base import Canvas
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
-from varkit.decode.guidance import BySteps, Conditional, Guidance, GuidedLayer, Ramp
+from varkit.decode.guidance import Conditional, Guidance, GuidedLayer
 from varkit.decode.loop import Model, decode, run
-from varkit.decode.sampling import Sampler, SmoothSampler
+from varkit.decode.sampling import SmoothSampler
+from varkit.decode.settings import Settings as Settings
 from varkit.decode.state import Options, Override, State
 from varkit.draws import Draws
 from varkit.errors import UserError, unknown_name
@@ -40,36 +42,6 @@ from varkit.tokenizers.tiled import set_tile
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 DEFAULT_BATCH = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to sample. guidance s means u + s (c - u): 1 is off; `ramp` raises it from 1 over the steps (VAR).
-
-    temperature 0 is arg-max, or no noise in the steps of a head over real numbers; top_k 0 and top_p 0 keep every code;
-    `smooth` mixes codes (VAR's more_smooth). guidance and temperature may be lists, a number for each step.
-    guidance_layer: the block after which hidden states are guided, counted back from the last, -1 (Infinity); 0 guides
-    the head's output.
-    """
-
-    guidance: BySteps = 1.0
-    ramp: Ramp = False
-    temperature: BySteps = 1.0
-    top_k: int = 0
-    top_p: float = 0.0
-    smooth: bool = False
-    guidance_layer: int = 0
-
-    def __post_init__(self) -> None:
-        self.combine(), self.sampler()  # validates
-
-    def combine(self) -> Guidance:
-        """The guidance over branches."""
-        return Guidance(self.guidance, self.ramp)
-
-    def sampler(self) -> Sampler:
-        """The sampler of ids."""
-        return Sampler(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -208,6 +180,17 @@ class Pipeline:
         """
         return scheduled(self, schedule, greedy_unseen, clamp)
 
+    def chosen(self, given: Mapping[str, Any]) -> Settings:
+        """The model's own settings with some replaced. Raises `UserError` for those that its heads cannot use."""
+        if not any(head.picks for head in self.model.heads.values()):
+            for name in ("top_k", "top_p"):
+                if given.get(name):
+                    raise UserError(
+                        f"{name} {given[name]} keeps the likeliest of several codes, and this model draws real "
+                        "numbers; leave it out"
+                    )
+        return replace(self.settings, **given)
+
     def sampling(self, settings: Settings | None = None) -> Settings:
         """Settings, by default the model's own, as a run applies them: in any schedule, by its steps."""
         return by_schedule(settings or self.settings, self.configs["plan"])
@@ -225,6 +208,8 @@ class Pipeline:
         not know.
         """
         told = condition_of(self.condition, prompts, self.how.text, self.how.tokens)
+        if "features" in told:
+            _check_finite(told["features"], prompts)
         return {name: values.to(self.device) for name, values in told.items()}
 
     def unconditional(self, batch: int) -> Condition:
@@ -272,14 +257,14 @@ class Pipeline:
             condition = {k: torch.cat([v, away[k]]) for k, v in condition.items()}
         elif negative is not None:
             raise UserError(f"a negative prompt needs guidance, which is {settings.guidance}; set it above 1")
-        sampler = SmoothSampler(pick, self._codebook()) if settings.smooth else pick
+        canvas = self.tokenizer.canvas(batch, self.schedule)
+        sampler = SmoothSampler(pick, self._codebook(canvas)) if settings.smooth else pick
         cache = self.how.cache(batch, 1 if combine.off else 2, self.model.plan.slots)
         how = self.how
         options = Options(combine, how.wrap(sampler), how.ports, how.override, settings.temperature)
         if settings.guidance_layer:
             options = self._guided_at(settings.guidance_layer, combine, options)
         prepared = self.generator.prepare(condition)
-        canvas = self.tokenizer.canvas(batch, self.schedule)
         return State.start(canvas, cache, prepared, Draws.start(seed, samples), options)
 
     def _guided_at(self, layer: int, guidance: Guidance, options: Options) -> Options:
@@ -294,10 +279,12 @@ class Pipeline:
         ports: Ports = {**(options.ports or {}), site: GuidedLayer(guidance)}
         return replace(options, combine=Conditional(), ports=ports)
 
-    def _codebook(self) -> torch.Tensor:
+    def _codebook(self, canvas: Canvas) -> torch.Tensor:
         codebook = getattr(getattr(self.tokenizer, "quantizer", None), "codebook", None)
         if codebook is None:
             raise UserError("smooth mixes codes, and this model has none; leave it out")
+        if "codes" not in canvas.tensors():
+            raise UserError("smooth adds up mixed codes, and this model takes each code whole; leave it out")
         return codebook
 
     def starts(
@@ -321,7 +308,7 @@ class Pipeline:
         self, prompts: Sequence[Prompt], seed: int = 0, negative: Prompt | None = None, **settings: Any
     ) -> Iterator[list[Image.Image]]:
         """The pictures so far, after each step; the last are the finished ones. `settings` replace the model's own."""
-        state = self.start(prompts, seed, settings=replace(self.settings, **settings), negative=negative)
+        state = self.start(prompts, seed, settings=self.chosen(settings), negative=negative)
         for _ in decode(self.model, state):
             yield self.pictures(state)
 
@@ -340,7 +327,7 @@ class Pipeline:
         from. `settings` replace the model's own: guidance, temperature, top_k, top_p, smooth; they follow the schedule
         (`sampling`). Raises `UserError` for unknown words or labels, n below 1, a negative seed.
         """
-        chosen = replace(self.settings, **settings)
+        chosen = self.chosen(settings)
         states = self.starts(self.jobs(prompts, n), seed, batch_size, chosen, negative=negative)
         return [image for state in states for image in self.pictures(run(self.model, state))]
 
@@ -408,6 +395,16 @@ class Pipeline:
             folder = Path(scratch) / "model"
             self.save(folder)
             return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+
+def _check_finite(features: torch.Tensor, prompts: Sequence[Prompt]) -> None:
+    """Raise `UserError` for features (1, B, T, D) that would make a picture of nothing, whoever computed them."""
+    good = features.isfinite().all(-1).all(-1)[0]
+    if not bool(good.all()):
+        raise UserError(
+            f"the features of {str(prompts[int((~good).nonzero()[0])])[:60]!r} have NaN or infinity; compute them anew "
+            "in float32, as by varkit embed"
+        )
 
 
 def route_of(part: str) -> str | None:
