@@ -221,10 +221,11 @@ class Generate(Words, Ordered):
     def _alike(self, count: int) -> bool:
         """Whether all batches of a run over `count` pictures have one size, since sums round differently in another.
 
-        They have wherever a run may be shared out or interrupted, whether or not this one is: --shard and --resume
-        have no say, so that they change no picture.
+        They have wherever there are several, and for lists of prompts, which may be shared out: with --shard and
+        --resume their pictures are those without.
         """
-        return self.prompts is not None or count > (BATCH if self.grid else 1)
+        shared = self.prompts is not None or self.shard is not None or self.resume
+        return shared or count > BATCH
 
     def _drawn(self, pipeline: "Pipeline", jobs: Sequence[Job], alike: bool) -> Iterator[Drawn]:
         if self.ray is None:

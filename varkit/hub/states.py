@@ -102,9 +102,8 @@ def plain_pickle(path: StrPath) -> list[str] | None:
             return None
         with open(path, "rb") as file:
             for code, value, _ in pickletools.genops(file):
-                if (
-                    value == MAGIC_NUMBER or code.name == "PERSID"
-                ):  # "P", which a zip file begins with, cut too
+                cut_zip = code.name == "PERSID"  # "P", with which a zip file begins
+                if value == MAGIC_NUMBER or cut_zip:
                     return None
                 if code.name in ("GLOBAL", "INST"):
                     named.append(str(value).replace(" ", "."))
