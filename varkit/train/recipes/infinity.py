@@ -12,6 +12,8 @@ from varkit.train.recipes.scenes import scenes_small
 from varkit.train.self_correction import SelfCorrection
 
 BITS = 16
+ENTROPY = 0.001
+"""Weight of the bits' entropy. By 0.1 or 0.01 of it bits of scenes become even and say nothing of the picture."""
 
 
 def infinity(base: Recipe) -> Recipe:
@@ -23,7 +25,10 @@ def infinity(base: Recipe) -> Recipe:
             "such as var"
         )
     tokenizer = BitwiseConfig(
-        replace(pyramid.conv, latent_channels=BITS), pyramid.schedule, entropy=0.1, encoder=pyramid.encoder
+        replace(pyramid.conv, latent_channels=BITS),
+        pyramid.schedule,
+        entropy=ENTROPY,
+        encoder=pyramid.encoder,
     )
     generator = InfinityConfig(
         var.depth, var.width, var.heads, BITS, var.condition, levels=len(pyramid.schedule), drop_path=var.drop_path,
