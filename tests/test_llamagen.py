@@ -321,9 +321,6 @@ def test_rows_turn_the_first_half_of_the_pairs_and_columns_the_second():
     assert torch.allclose(angles[1], torch.cat([torch.zeros(4), 3 * frequencies]))
 
 
-# Check 5: the start
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotating_by_complex_numbers_is_rotating(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -336,6 +333,9 @@ def test_rotating_by_complex_numbers_is_rotating(dtype: torch.dtype) -> None:
     outer = torch.randn_like(ours)
     pair = [torch.autograd.grad(out, q, outer)[0] for out in (ours, plain)]
     torch.testing.assert_close(*pair)
+
+
+# Check 5: the start
 
 
 @pytest.mark.parametrize("condition", [ClassConfig(5), TEXT])

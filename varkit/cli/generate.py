@@ -156,10 +156,9 @@ class Generate(Words, Ordered):
         strip_targets = self._strip_targets(prompts)
         if not self.grid:
             record = self._record(prompts)
-            # A single picture leaves no file beside itself, unless it is part of a shared run.
-            kept = alike or self.resume or self.shard is not None
-            facts = self._facts(pipeline, prompts, alike) if kept else {}
-            claimed = claim(record, facts, targets, self.resume) if kept else None
+            # A few pictures that cannot be shared out leave no file beside themselves.
+            facts = self._facts(pipeline, prompts) if alike else {}
+            claimed = claim(record, facts, targets, self.resume) if alike else None
             left = [job for job in jobs[share] if not (self.resume and targets[job[0]].exists())]
             for number, image, strip in self._drawn(pipeline, left, alike):
                 if claimed is not None:  # not before: what fails at the first picture leaves nothing
@@ -169,7 +168,7 @@ class Generate(Words, Ordered):
                     save_picture(strip, strip_targets[number])
                 # At once: what is drawn is not lost when the rest is interrupted.
                 save_picture(image, targets[number])
-            if kept and len(left) == len(jobs):
+            if alike and len(left) == len(jobs):
                 settle(record, facts)
             return
 
@@ -186,7 +185,7 @@ class Generate(Words, Ordered):
         out = self._out(prompts)
         return out.with_name(f".{out.stem}.json") if is_file(out) else out / ".generate.json"
 
-    def _facts(self, pipeline: "Pipeline", prompts: Sequence[str | int], alike: bool) -> dict[str, Any]:
+    def _facts(self, pipeline: "Pipeline", prompts: Sequence[str | int]) -> dict[str, Any]:
         """What the pictures' bytes depend on, on machines of one kind."""
         from varkit.hub.config import to_json
 
@@ -198,7 +197,7 @@ class Generate(Words, Ordered):
             "n": self.n,
             "negative": self.negative,
             "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
-            "batch": BATCH if alike else 1,
+            "batch": BATCH,
             **{name: Path(place).name if place else None for name, place in words.items()},
             "clean_prompts": self.clean_prompts,
             "tile": self.tile,

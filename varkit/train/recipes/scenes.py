@@ -73,7 +73,7 @@ def scenes_tidy() -> Recipe:
 
 
 def scenes_small() -> Recipe:
-    """Tidy scenes at sizes that two cores train in about half an hour: what other systems begin with."""
+    """Tidy scenes at sizes that a CPU trains in under an hour: what other systems begin with."""
     base = scenes_tidy()
     config = base.tokenizer.config
     assert isinstance(config, MultiScaleVQConfig) and isinstance(base.generator.config, VARConfig)
