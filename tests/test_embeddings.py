@@ -235,7 +235,8 @@ def test_an_edit_reads_words_as_drawing_does(t5: Path, features_model: Path, tmp
     assert a == b != c
 
 
-def test_a_server_takes_no_model_that_it_cannot_read_words_for(features_model: Path, capsys):
-    assert main(["serve", "--model", str(features_model), "--port", "0"]) == 2
+@pytest.mark.parametrize("command", ["serve", "studio"])
+def test_a_server_takes_no_model_that_it_cannot_read_words_for(command: str, features_model: Path, capsys):
+    assert main([command, "--model", str(features_model), "--port", "0"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "takes features of words, which varkit serve does not compute" in err
+    assert err.count("\n") == 1 and "takes features of words, which are not computed here" in err

@@ -10,7 +10,7 @@ import pytest
 from tests import models
 from tests.launch import launch
 from tests.models import CLASSES, tiny_pipeline
-from varkit.cli.generate import BATCH
+from varkit.cli.generate import Generate
 from varkit.cli.main import main
 from varkit.decode.state import State
 from varkit.generators.conditioning import ClassConfig
@@ -70,7 +70,7 @@ def test_few_pictures_are_drawn_in_the_batches_of_many(
     for share in range(2):
         generate(class_model, few, tmp_path / "parts", "--shard", f"{share}/2")
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "whole")
-    assert sizes and set(sizes) == {BATCH}
+    assert sizes and set(sizes) == {Generate.batch}
 
 
 def test_a_list_of_one_is_drawn_alike_however_shared(class_model: Path, tmp_path: Path):

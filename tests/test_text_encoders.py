@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from tests import text_models
@@ -101,6 +103,29 @@ def test_folders_that_hold_no_text_encoder(folder: Path, tmp_path: Path):
     assert "could not be read" in refused(folder)
     (folder / "config.json").write_text('{"model_type": "bert"}')
     assert "unknown kind of text encoder 'bert'" in refused(folder)
+
+
+def test_names_are_fetched_into_the_hubs_cache_and_read_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[list[str]] = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        if name != "google/t5":
+            raise LocalEntryNotFoundError("no network\nat all")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    named, local = PretrainedEncoder.load("google/t5"), PretrainedEncoder.load(folder)
+    assert torch.equal(named.encode(SHORT), local.encode(SHORT))
+    assert len(asked) == 1 and "*.bin" not in asked[0]  # not in two formats
+    with pytest.raises(UserError, match=r"'google/t6' could not be read \(no network\); give a folder"):
+        PretrainedEncoder.load("google/t6")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="'google/t5' could not be read"):
+        PretrainedEncoder.load("google/t5")
+    assert "*.bin" in asked[-1]
 
 
 def test_without_transformers(t5: Path, monkeypatch: pytest.MonkeyPatch):

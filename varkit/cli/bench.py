@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from varkit.cli.console import log, print_json, print_table
-from varkit.cli.models import DEFAULT_MODEL, check_no_recipe, opened
+from varkit.cli.models import DEFAULT_MODEL, check_no_recipe, is_repository, opened
 from varkit.errors import UserError, unknown_name
 
 
@@ -38,7 +38,8 @@ class Bench:
         from varkit.hardware import hardware
         from varkit.hub.pipeline import bundled
 
-        if self.what not in SIZES and self.what not in bundled() and not Path(self.what).exists():
+        known = self.what in (*SIZES, *bundled()) or Path(self.what).exists() or is_repository(self.what)
+        if not known:
             check_no_recipe(self.what)
             hint = f"(models: {', '.join(bundled())}; released sizes: {', '.join(SIZES)}; or a folder)"
             raise unknown_name("model or size", self.what, [*bundled(), *SIZES], hint)

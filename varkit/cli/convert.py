@@ -17,8 +17,8 @@ class Convert:
     """Turn published checkpoints (VAR, LlamaGen, Infinity, MAR, ...) into a model folder, or a folder into them."""
 
     checkpoints: Positional[tuple[Path, ...]]
-    """The files of the tokenizer and the generator, in any order, or a trainer checkpoint of both; with --to published,
-    a model folder."""
+    """The files of the tokenizer and the generator, in any order, or a trainer checkpoint of both; a folder stands for
+    the files in it, such as all shards of one. With --to published, a model folder."""
     out: Path
     """The new folder."""
     to: Literal["varkit", "published"] = "varkit"

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from varkit.cli.generate import Ordered, parse_size, save_picture
+from varkit.cli.generate import save_picture
 from varkit.cli.models import DEFAULT_MODEL, opened
+from varkit.cli.sampling import Ordered, parse_size
 from varkit.cli.words import Words
 from varkit.errors import UserError
 from varkit.files import ensure_writable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tyro.conf import Positional
 
 from varkit.cli.console import heard, log, print_json, print_table, progress
-from varkit.cli.generate import Sampling
+from varkit.cli.sampling import Sampling
 from varkit.errors import UserError, unknown_name
 from varkit.files import atomic_write, ensure_writable
 

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from varkit.cli.console import progress
 from varkit.cli.models import DEFAULT_MODEL, opened
 from varkit.cli.run_record import claim, model_digest, prompts_digest, settle
+from varkit.cli.sampling import Ordered, parse_size
 from varkit.cli.words import Words
 from varkit.errors import UserError
 from varkit.files import atomic_write, ensure_writable, write_json
@@ -20,69 +21,11 @@ if TYPE_CHECKING:
 
     from varkit.hub.pipeline import Pipeline
 
-BATCH = 8
 Job = tuple[int, str | int]
 """A picture's number, and its prompt."""
 
 Drawn = tuple[int, "Image.Image", "Image.Image | None"]
 """A picture's number, the picture, and the strip of its previews if wanted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Replacements for a model's own sampling settings."""
-
-    guidance: float | None = None
-    """Guidance scale s in u + s (c - u); 1 is off."""
-    ramp: Literal["on", "off"] | None = None
-    """Whether guidance rises over the steps from off to its scale (VAR's form), or is the same at all of them."""
-    temperature: float | None = None
-    """0 takes the likeliest code, 1 samples as learned."""
-    top_k: int | None = None
-    """Keep only the k likeliest codes; 0 keeps all."""
-    top_p: float | None = None
-    """Keep the likeliest codes of this total probability; 0 keeps all."""
-    smooth: bool = False
-    """Mix codes instead of choosing one (VAR's more_smooth)."""
-
-    def chosen(self) -> dict[str, Any]:
-        """What was given, by name."""
-        values = {n: getattr(self, n) for n in ("guidance", "temperature", "top_k", "top_p")}
-        given = {n: v for n, v in values.items() if v is not None}
-        given |= {} if self.ramp is None else {"ramp": self.ramp == "on"}
-        return given | ({"smooth": True} if self.smooth else {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ordered(Sampling):
-    """And other scales, or steps within them, where the model takes any."""
-
-    schedule: str | None = None
-    """Sides of the scales, e.g. 1,2,4,8 or 1x1,2x3,4x6, for a model that takes any (FlexVAR)."""
-    steps: int | None = None
-    """In place of a schedule: how many scales, up to the same finest one."""
-    counts: str | None = None
-    """For a model that refines its scales (HMAR): the tokens that each step settles, by the side of a scale, such as
-    "2:1,3 3:1,1,2,5"; or none."""
-
-    def check_order(self, size: str | None) -> None:
-        """Raise `UserError` for options that say the order of scales twice."""
-        if self.schedule is not None and self.steps is not None:
-            raise UserError("--schedule and --steps were given; give one of them")
-        if self.schedule is not None and size is not None:
-            raise UserError(
-                "--schedule and --size were given; the last side of a schedule is the size already"
-            )
-
-    def in_order(self, pipeline: "Pipeline") -> "Pipeline":
-        """The model in the order that the options ask for."""
-        from varkit.plans.flexible import sides_of
-
-        if self.schedule is not None:
-            pipeline = pipeline.scheduled(sides_of(self.schedule))
-        elif self.steps is not None:
-            pipeline = pipeline.scheduled(self.steps)
-        return pipeline if self.counts is None else pipeline.refined(self.counts)
 
 
 @dataclass(frozen=True)
@@ -101,6 +44,8 @@ class Generate(Words, Ordered):
     """What guidance leads away from: a caption, or a class; by default away from nothing in particular."""
     n: int = 1
     """Pictures for each prompt."""
+    batch: int = 8
+    """Pictures drawn together."""
     seed: int = 0
     """Seed; picture i draws from sample i of it."""
     size: str | None = None
@@ -130,12 +75,13 @@ class Generate(Words, Ordered):
     def __post_init__(self) -> None:
         self.check_words()
         self.check_order(self.size)
+        for name in ("n", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; ask for at least 1 picture")
 
     def run(self) -> None:
         """Write the pictures and print their paths."""
         prompts = self._prompts()
-        if self.n < 1:
-            raise UserError(f"--n is {self.n}; ask for at least 1 picture")
         targets = self._targets(prompts)
         share = parse_shard(self.shard)
         if self.grid and (self.shard or self.resume or self.ray):
@@ -197,7 +143,7 @@ class Generate(Words, Ordered):
             "n": self.n,
             "negative": self.negative,
             "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
-            "batch": BATCH,
+            "batch": self.batch,
             **{name: Path(place).name if place else None for name, place in words.items()},
             "clean_prompts": self.clean_prompts,
             "tile": self.tile,
@@ -224,7 +170,7 @@ class Generate(Words, Ordered):
         --resume their pictures are those without.
         """
         shared = self.prompts is not None or self.shard is not None or self.resume
-        return shared or count > BATCH
+        return shared or count > self.batch
 
     def _drawn(self, pipeline: "Pipeline", jobs: Sequence[Job], alike: bool) -> Iterator[Drawn]:
         if self.ray is None:
@@ -299,11 +245,11 @@ def draw(pipeline: "Pipeline", jobs: Sequence[Job], options: Generate, alike: bo
     chosen, previews = pipeline.chosen(options.chosen()), options.previews
     filled = list(jobs)
     if alike:
-        filled += filled[-1:] * (-len(jobs) % BATCH)
+        filled += filled[-1:] * (-len(jobs) % options.batch)
     prompts, numbers = [prompt for _, prompt in filled], [number for number, _ in filled]
     left = len(jobs)
     with progress("drawing", left) as advance:
-        for start in pipeline.starts(prompts, options.seed, BATCH, chosen, numbers, options.negative):
+        for start in pipeline.starts(prompts, options.seed, options.batch, chosen, numbers, options.negative):
             wanted = [stream.sample for stream in start.draws.streams[:left]]
             left -= len(wanted)
             frames = [
@@ -342,13 +288,3 @@ def parse_shard(text: str | None) -> slice:
     if not found or int(found[1]) >= int(found[2]):
         raise UserError(f"--shard {text!r} is not I/N with I from 0 to N - 1; write e.g. 0/4")
     return slice(int(found[1]), None, int(found[2]))
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """HEIGHTxWIDTH -> (height, width). Raises `UserError` for anything else."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if not found:
-        raise UserError(f"--size {text!r} is not HEIGHTxWIDTH in pixels; write e.g. 64x64")
-    return int(found[1]), int(found[2])

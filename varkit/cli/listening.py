@@ -57,8 +57,10 @@ def check_port(port: int | None) -> None:
 def named_models(words: Sequence[str]) -> "dict[str, Pipeline]":
     """The models by the names that visitors see: of a folder the last part, if that tells all apart.
 
-    Without words, all bundled ones. Raises `UserError` for a model that is not there.
+    Without words, all bundled ones. Raises `UserError` for a model that is not there, and for one that every request
+    would fail with: nothing here reads words for it.
     """
+    from varkit.generators.text import TextFeaturesConfig
     from varkit.hub.pipeline import bundled
 
     words = words or sorted(bundled(), key=lambda name: name != DEFAULT_MODEL)
@@ -66,4 +68,11 @@ def named_models(words: Sequence[str]) -> "dict[str, Pipeline]":
         raise UserError("no model comes with this installation; give one with --model FOLDER")
     short = [Path(word).name for word in words]
     names = short if len(set(short)) == len(short) else words
-    return {name: opened(word) for name, word in zip(names, words, strict=True)}
+    models = {name: opened(word) for name, word in zip(names, words, strict=True)}
+    for name, pipeline in models.items():
+        if isinstance(pipeline.condition, TextFeaturesConfig):
+            raise UserError(
+                f"model {name!r} takes features of words, which are not computed here; draw with varkit generate "
+                "--text-encoder"
+            )
+    return models

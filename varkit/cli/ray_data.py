@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varkit.cli.console import progress
-from varkit.cli.generate import BATCH, Drawn, Generate, Job, draw
+from varkit.cli.generate import Drawn, Generate, Job, draw
 from varkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def draw_on_ray(pipeline: "Pipeline", jobs: Sequence[Job], options: Generate, al
     settings = pipeline.chosen(options.chosen())
     for _, prompt in jobs[:1]:  # a mistake in the settings shows here, not on a worker
         pipeline.start([prompt], options.seed, settings=settings, negative=options.negative)
-    batches = [{"jobs": json.dumps(jobs[i : i + BATCH])} for i in range(0, len(jobs), BATCH)]
+    size = options.batch
+    batches = [{"jobs": json.dumps(jobs[i : i + size])} for i in range(0, len(jobs), size)]
     if not batches:
         return
     threads = torch.get_num_threads()

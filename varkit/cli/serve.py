@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from varkit.cli.listening import LOOPBACK, check_port
 from varkit.errors import UserError
 
 if TYPE_CHECKING:
-    from varkit.hub.pipeline import Pipeline
     from varkit.serve.service import Limits
 
 KEYS = "VARKIT_API_KEYS"
@@ -85,7 +84,6 @@ class Serve:
         from varkit.serve.app import create_app
 
         limits, models = self.limits(), named_models(self.model)
-        check_served(models)
         with listen(self.host, [self.port]) as socket:
             config = uvicorn.Config(
                 create_app(models, limits, self._keys()),
@@ -106,7 +104,7 @@ class Serve:
         from varkit.serve.ray import PROXY_SETTING, application, start, stop, threads_each
 
         limits, models = self.limits(), tuple(map(movable, self.model))
-        check_served(named_models(models))  # a model that is not there shows here, not on a worker
+        named_models(models)  # a model that is not there shows here, not on a worker
         with listen(self.host, [self.port]) as socket:  # likewise a port that is taken
             here, port = address(socket), socket.getsockname()[1]
         os.environ.update(PROXY_SETTING)
@@ -152,18 +150,6 @@ def read_keys(text: str, place: str) -> list[str]:
                 'with python -c "import secrets; print(secrets.token_urlsafe())"'
             )
     return keys
-
-
-def check_served(models: "Mapping[str, Pipeline]") -> None:
-    """Raise `UserError` for a model that every request would fail with: nothing here reads words for it."""
-    from varkit.generators.text import TextFeaturesConfig
-
-    for name, pipeline in models.items():
-        if isinstance(pipeline.condition, TextFeaturesConfig):
-            raise UserError(
-                f"model {name!r} takes features of words, which varkit serve does not compute; draw with varkit "
-                "generate --text-encoder"
-            )
 
 
 def _announce(where: str) -> None:

@@ -41,8 +41,14 @@ class Sampler:
     def __call__(self, logits: Tensor, ask: Ask) -> dict[str, Tensor]:
         """logits (B, T, ..., V) -> ids (B, T, ...); what a target is made of (bits) has a draw each.
 
-        Where it is asked for, with the probability of each under the filtered logits.
+        Where it is asked for, with the probability of each under the filtered logits. Raises `UserError` for logits
+        that are no numbers, which would be drawn from like any others.
         """
+        # On a CPU: elsewhere the question would make every step wait, and the picture is looked at in the end.
+        if logits.device.type == "cpu" and bool(logits.sum().isnan()):
+            raise UserError(
+                "the model gives NaN: a number overflowed or a weight is damaged; try float32, or fetch the model again"
+            )
         if self.temperature == 0 and not ask.confidence:
             return {"ids": logits.argmax(dim=-1)}
         p = self.filtered(logits, ask.progress).softmax(dim=-1)

@@ -7,7 +7,8 @@ starting noise for all branches. Legend: R branches, B samples, T targets, C wid
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +74,13 @@ class DiffusionHead(Head):
         self.net = Denoiser(
             config.channels, 2 * config.channels, config.width, config.mlp_width, config.depth
         )
+
+    def stepped(self, steps: int) -> "DiffusionHead":
+        """The same head (no weight is copied), sampling in so many steps."""
+        other = copy(self)
+        other.config = replace(self.config, sampling_steps=steps)
+        other.reverse = GaussianDiffusion(spread(steps, self.config.noisiest))
+        return other
 
     def predict(self, h: Tensor, x: Tensor, times: Tensor) -> Tensor:
         """The network alone: noise and raw variances (..., 2 D) for x (..., D), given h (..., C), at times (...)."""

@@ -15,27 +15,23 @@ from typing import Any
 import torch
 from PIL import Image
 
-from varkit.canvases.base import Canvas
 from varkit.decode.cache.base import Cache
 from varkit.decode.cache.full import FullCache
-from varkit.decode.guidance import Conditional, Guidance, GuidedLayer
 from varkit.decode.loop import Model, decode, run
-from varkit.decode.sampling import SmoothSampler
 from varkit.decode.settings import Settings as Settings
-from varkit.decode.state import Options, Override, State
-from varkit.draws import Draws
+from varkit.decode.state import Override, State
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath
 from varkit.generators.base import Condition
 from varkit.hub.config import from_json, to_json
 from varkit.hub.fit import check_fit
 from varkit.hub.folder import CONFIG, load_parts, save_parts
+from varkit.hub.orders import at_size, by_schedule, diffused, refined, scheduled
 from varkit.hub.prompts import Prompt, TextSource, check_source, condition_of, longest_prompt, nothing
-from varkit.hub.schedules import at_size, by_schedule, scheduled
+from varkit.hub.starting import state_of
 from varkit.nn.linear import pack
 from varkit.nn.ports import Ports
 from varkit.pictures import to_pil
-from varkit.plans.refined import RefinedConfig, parse_counts
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 from varkit.tokenizers.tiled import set_tile
@@ -88,10 +84,15 @@ class Pipeline:
         other.how = replace(self.how, **changes)
         return other
 
-    def over(self, plan: ScalesConfig) -> "Pipeline":
-        """The same model over another pyramid, where its generator takes any: another size or shape of pictures."""
-        parts, configs = self.parts | {"plan": plan.build()}, self.configs | {"plan": plan}
-        other = Pipeline(parts, configs, self.settings, self.about)
+    def over(self, plan: Any) -> "Pipeline":
+        """The same model by the plan of another configuration, where its generator takes any: another size or shape of
+        pictures, or another number of steps.
+        """
+        return self.swapped({"plan": plan.build()}, {"plan": plan})
+
+    def swapped(self, parts: Mapping[str, Any], configs: Mapping[str, Any]) -> "Pipeline":
+        """The same model with some parts in place of its own, and their configurations (no weight is copied)."""
+        other = Pipeline({**self.parts, **parts}, {**self.configs, **configs}, self.settings, self.about)
         other.how = self.how
         return other
 
@@ -100,10 +101,14 @@ class Pipeline:
 
         Raises `UserError` for a model that does not refine, and for counts that do not make up a scale.
         """
-        plan = self.configs["plan"]
-        if not isinstance(plan, RefinedConfig):
-            raise UserError("this model does not refine its scales; leave the refinement out, or use an HMAR")
-        return self.over(replace(plan, counts=parse_counts(counts, Schedule.parse(plan.schedule))))
+        return refined(self, counts)
+
+    def diffused(self, steps: int) -> "Pipeline":
+        """The same model with so many steps in which a diffusion head draws a token (MAR).
+
+        Raises `UserError` for a model without such a head, and for fewer than 2 steps or more than it has times.
+        """
+        return diffused(self, steps)
 
     def with_text(self, source: TextSource, tokens: int | None = None) -> "Pipeline":
         """The same model, where it takes features of words, reading words by a text encoder or a file of embeddings.
@@ -172,7 +177,8 @@ class Pipeline:
     def scheduled(
         self, schedule: Sequence[Side] | int, greedy_unseen: bool | None = None, clamp: bool | None = None
     ) -> "Pipeline":
-        """The same model in another schedule, where it takes any (FlexVAR): its sides, or a number of steps.
+        """The same model in another schedule, where it takes any (FlexVAR): its sides, or a number of steps, which a
+        masked order takes too (MAR's iterations).
 
         greedy_unseen: scales of sides that training never drew take the likeliest codes (True at first). clamp: a ramp
         of guidance ends at the scale given, also in more than ten steps (False at first). Both stay as they were unless
@@ -181,7 +187,10 @@ class Pipeline:
         return scheduled(self, schedule, greedy_unseen, clamp)
 
     def chosen(self, given: Mapping[str, Any]) -> Settings:
-        """The model's own settings with some replaced. Raises `UserError` for those that its heads cannot use."""
+        """The model's own settings with some replaced; guidance given for each step is not raised by a ramp as well.
+
+        Raises `UserError` for those that its heads cannot use.
+        """
         if not any(head.picks for head in self.model.heads.values()):
             for name in ("top_k", "top_p"):
                 if given.get(name):
@@ -189,6 +198,8 @@ class Pipeline:
                         f"{name} {given[name]} keeps the likeliest of several codes, and this model draws real "
                         "numbers; leave it out"
                     )
+        if isinstance(given.get("guidance"), list | tuple):
+            given = {"ramp": False, **given}
         return replace(self.settings, **given)
 
     def sampling(self, settings: Settings | None = None) -> Settings:
@@ -238,7 +249,6 @@ class Pipeline:
             asked = {name: values[:, :-1] for name, values in asked.items()}
         return self.start_from(asked, seed, numbers, settings or self.settings, away)
 
-    @torch.no_grad()
     def start_from(
         self,
         condition: Condition,
@@ -250,42 +260,7 @@ class Pipeline:
         """A decoding state for a condition (1, B, ...); guidance adds the null condition, or `negative`, as a second
         branch. Raises `UserError` for a negative condition without guidance.
         """
-        settings = self.sampling(settings)
-        combine, pick, batch = settings.combine(), settings.sampler(), len(samples)
-        if not combine.off:
-            away = negative or self.generator.conditioner.null(condition)
-            condition = {k: torch.cat([v, away[k]]) for k, v in condition.items()}
-        elif negative is not None:
-            raise UserError(f"a negative prompt needs guidance, which is {settings.guidance}; set it above 1")
-        canvas = self.tokenizer.canvas(batch, self.schedule)
-        sampler = SmoothSampler(pick, self._codebook(canvas)) if settings.smooth else pick
-        cache = self.how.cache(batch, 1 if combine.off else 2, self.model.plan.slots)
-        how = self.how
-        options = Options(combine, how.wrap(sampler), how.ports, how.override, settings.temperature)
-        if settings.guidance_layer:
-            options = self._guided_at(settings.guidance_layer, combine, options)
-        prepared = self.generator.prepare(condition)
-        return State.start(canvas, cache, prepared, Draws.start(seed, samples), options)
-
-    def _guided_at(self, layer: int, guidance: Guidance, options: Options) -> Options:
-        """The options with guidance after a block, counted back from the last, in place of the head's output."""
-        depth = self.generator.depth
-        if not -depth <= layer < 0:
-            raise UserError(
-                f"guidance_layer {layer} is no block of this model; use -{depth} to -1, or 0 for the head"
-            )
-        site = ("block", depth + layer)
-        assert site not in (options.ports or {}), f"{site} has a port already"
-        ports: Ports = {**(options.ports or {}), site: GuidedLayer(guidance)}
-        return replace(options, combine=Conditional(), ports=ports)
-
-    def _codebook(self, canvas: Canvas) -> torch.Tensor:
-        codebook = getattr(getattr(self.tokenizer, "quantizer", None), "codebook", None)
-        if codebook is None:
-            raise UserError("smooth mixes codes, and this model has none; leave it out")
-        if "codes" not in canvas.tensors():
-            raise UserError("smooth adds up mixed codes, and this model takes each code whole; leave it out")
-        return codebook
+        return state_of(self, condition, seed, samples, settings, negative)
 
     def starts(
         self,
@@ -372,16 +347,21 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, variant: str | None = None, revision: str | None = None, dtype: str | None = None
+        cls,
+        name: str,
+        variant: str | None = None,
+        revision: str | None = None,
+        dtype: str | None = None,
+        offload: str | None = None,
     ) -> "Pipeline":
         """A bundled model, a folder, or a repository of the Hugging Face hub (the only case that uses the network).
 
         Repositories that models were published in hold several variants, such as "d16" of "FoundationVision/var"; their
-        files are converted on the way (`varkit.hub.released`). `dtype` as in `load`.
+        files are converted on the way (`varkit.hub.released`). `dtype` and `offload` as in `load`.
         """
         from varkit.hub.released import pretrained
 
-        return pretrained(name, variant, revision, dtype)
+        return pretrained(name, variant, revision, dtype, offload)
 
     def push_to_hub(self, repository: str, private: bool = False) -> str:
         """Upload the folder form to a repository of the Hugging Face hub; returns its address."""

@@ -40,7 +40,7 @@ from varkit.hub.assemble import Files
 from varkit.hub.folder import DTYPES
 from varkit.hub.pipeline import Pipeline
 from varkit.hub.released import expanded
-from varkit.hub.shards import check_complete
+from varkit.hub.shards import check_complete, told_name
 from varkit.hub.states import State, read_checkpoint
 
 WRAPPERS = ("state_dict", "model")
@@ -122,7 +122,7 @@ def _read_pipeline(given: Sequence[StrPath], mapped: bool) -> Pipeline:
     paths = [path for one in given for path in expanded(one)]
     check_complete(paths)
     family, states = _read_states(paths, mapped)
-    about = {"converted_from": [Path(path).name for path in paths]}
+    about = {"converted_from": [told_name(path) for path in paths]}
     return FAMILIES[family].read(states["generator"], states["tokenizer"], about)
 
 

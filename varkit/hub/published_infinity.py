@@ -1,11 +1,13 @@
 """Published Infinity checkpoints as a whole pipeline and back; `varkit.hub.published` decides which files are these.
 
-The shapes do not tell how many pixels a generator was trained for last, nor its sampling: released models of 2B on make
-up to 1M pixels, smaller ones 0.06M, and both may be asked for other sizes.
+The shapes do not tell how many pixels a generator was trained for last, nor its sampling. The pixels are those that its
+name tells (`infinity_125M_256x256.pth`, `infinity_8b_512x512_weights`), else 1M from 2B on and 0.06M for smaller ones;
+both may be asked for other sizes.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,7 @@ from varkit.hub import infinity
 from varkit.hub.assemble import Files, assembled, states_of
 from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
-from varkit.plans.ratios import scales
+from varkit.plans.ratios import BUDGETS, SCHEDULES, scales
 from varkit.tokenizers.bitwise import BitwiseConfig
 
 SETTINGS = Settings(guidance=4.0, temperature=0.5, top_p=0.97)
@@ -37,13 +39,19 @@ TOKENIZERS = {
 LARGE = 2048
 """Width from which released models make 1M pixels."""
 
+SIDES = {SCHEDULES[1.0][levels - 1][0] * STRIDE: budget for budget, levels in BUDGETS.items()}
+"""Number of pixels of a square picture, by its side."""
+
+RELEASED = {"layer12": "125M", "2b": "2b_reg"}
+"""What follows `infinity_` in the names of files, where it is not the size's own name."""
+
 
 def pipeline(
     generator: Mapping[str, Tensor], tokenizer: Mapping[str, Tensor], about: dict[str, Any]
 ) -> Pipeline:
     """The parts of a published generator and tokenizer."""
     config, head = infinity.generator_configs(generator)
-    plan = scales(1.0, "1M" if config.width >= LARGE else "0.06M")
+    plan = scales(1.0, _budget(config, about["converted_from"]))
     told = infinity.tokenizer_config(tokenizer, plan.schedule)
     told = replace(told, patch=_patch(config.code_width, told.token_bits))
     _check_stride(config, told)
@@ -52,6 +60,18 @@ def pipeline(
     weights["tokenizer"] = infinity.tokenizer_from_published(tokenizer, told)
     patched = replace(SETTINGS, guidance=3.0, temperature=1.0)
     return assembled(configs, weights, SETTINGS if told.patch == 1 else patched, about)
+
+
+def _budget(config: InfinityConfig, names: Sequence[str]) -> str:
+    """The number of pixels to draw unless asked for another, by the rule above."""
+    for side in re.findall(r"_(\d+)x\1(?!\d)", " ".join(names)):
+        if (budget := SIDES.get(int(side))) is not None:
+            return budget
+    return _usual(config)
+
+
+def _usual(config: InfinityConfig) -> str:
+    return "1M" if config.width >= LARGE else "0.06M"
 
 
 def files(pipeline: Pipeline) -> Files:
@@ -75,7 +95,10 @@ def files(pipeline: Pipeline) -> Files:
     check_told("tokenizer's convolutions", tokenizer.conv, told_tokenizer.conv)
     weighed = {name: getattr(tokenizer, name) for name in ("entropy", "commitment")}
     check_told("tokenizer", tokenizer, replace(told_tokenizer, **weighed))
-    return {_tokenizer_name(tokenizer): (autoencoder, ("vae",)), f"infinity_{name}.pth": (generator, ())}
+    return {
+        _tokenizer_name(tokenizer): (autoencoder, ("vae",)),
+        _file(name, own, pipeline.size): (generator, ()),
+    }
 
 
 def _patch(token_bits: int, bits: int) -> int:
@@ -116,8 +139,18 @@ def _name(config: InfinityConfig) -> tuple[str, int]:
     return name, chunks if config.depth % chunks == 0 else 1
 
 
+def _file(name: str, config: InfinityConfig, size: tuple[int, int]) -> str:
+    """The generator's file, with the size that `_budget` finds again where it is not the usual one."""
+    side = size[0] if size[0] == size[1] else 0
+    unusual = side in SIDES and SIDES[side] != _usual(config)
+    told = f"_{side}x{side}" if unusual or (name == "layer12" and side in SIDES) else ""
+    return f"infinity_{RELEASED.get(name, name)}{told}.pth"
+
+
 def _tokenizer_name(config: BitwiseConfig) -> str:
     bits = config.conv.latent_channels
+    if config.patch == 1 and bits in TOKENIZERS:
+        return TOKENIZERS[bits]
     if config.patch == 1:
         return f"infinity_vae_d{bits}.pth"
     return f"infinity_vae_d{config.token_bits}_f{config.conv.stride}_{bits}_patchify.pth"

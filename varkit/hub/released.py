@@ -10,6 +10,7 @@ from pathlib import Path
 
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath
+from varkit.hub.fetch import NotFetched, fetched
 from varkit.hub.folder import CONFIG
 from varkit.hub.pipeline import Pipeline, bundled, load
 from varkit.hub.states import PICKLE_SUFFIXES
@@ -104,28 +105,33 @@ VARIANTS = {name: files for repository in RELEASED.values() for name, files in r
 
 
 def pretrained(
-    name: str, variant: str | None = None, revision: str | None = None, dtype: str | None = None
+    name: str,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    offload: str | None = None,
 ) -> Pipeline:
     """What `Pipeline.from_pretrained` gives."""
     if Path(name).is_dir() and holds_files(Path(name)):
-        return from_files(Path(name), variant, dtype)
+        return from_files(Path(name), variant, dtype, offload)
     repository = {known.lower(): known for known in RELEASED}.get(name.lower())
     if repository is not None:
-        return _from_repository(repository, variant, revision, dtype)
+        return _from_repository(repository, variant, revision, dtype, offload)
     if variant is not None:
         raise UserError(
             f"model {name!r} has no variants, and {variant!r} was asked for; {', '.join(RELEASED)} have"
         )
     if name in bundled() or Path(name).is_dir():
-        return load(name, dtype)
+        return load(name, dtype, offload)
     try:
-        return Pipeline.from_folder(_fetched(name, revision, ("*.json", "*.safetensors", "*.md")), dtype)
-    except _NotFetched as error:
+        folder = fetched(name, revision, ("*.json", "*.safetensors", "*.md"))
+    except NotFetched as error:
         raise UserError(
             f"model {name!r} is neither a bundled model nor a folder, and it could not be fetched from the "
             f"Hugging Face hub ({error}); check the name and the network, or download the folder elsewhere and give "
             "its path"
         ) from error
+    return Pipeline.from_folder(folder, dtype, offload)
 
 
 def holds_files(folder: Path) -> bool:
@@ -139,9 +145,12 @@ def from_files(
     folder: Path, variant: str | None = None, dtype: str | None = None, offload: str | None = None
 ) -> Pipeline:
     """The published model in a folder: a variant's files, or all there are where they are of one model."""
+    return _converted(_chosen(folder, variant), dtype, offload)
+
+
+def _converted(files: Sequence[Path], dtype: str | None, offload: str | None) -> Pipeline:
     from varkit.hub.published import pipeline_from_published
 
-    files = _chosen(folder, variant)
     if offload is not None:
         names = " ".join(repr(str(file)) for file in files)
         raise UserError(
@@ -181,27 +190,29 @@ def _chosen(folder: Path, variant: str | None) -> list[Path]:
     return _expanded(folder, VARIANTS[variant])
 
 
-def _from_repository(name: str, variant: str | None, revision: str | None, dtype: str | None) -> Pipeline:
+def _from_repository(
+    name: str, variant: str | None, revision: str | None, dtype: str | None, offload: str | None
+) -> Pipeline:
     repository = RELEASED[name]
     if variant is None:
         known = ", ".join(repository.variants)
-        raise UserError(f"{name!r} holds several models; choose one by variant=: {known}")
+        raise UserError(
+            f"{name!r} holds several models; choose one by variant=, or {name}:VARIANT on the command line: {known}"
+        )
     if variant not in repository.variants:
         raise unknown_name("variant", variant, repository.variants, f"(of {name!r})")
     files = repository.variants[variant]
     try:
         if repository.addresses:
-            raise _NotFetched("it is not on the Hugging Face hub")
+            raise NotFetched("it is not on the Hugging Face hub")
         found = _found(name, files, revision)
-    except _NotFetched as error:
+    except NotFetched as error:
         where = " and ".join(f"{file} from {_address(name, file)}" for file in files)
         raise UserError(
             f"{variant!r} of {name!r} could not be fetched ({error}); fetch {where}, put them into one "
             "folder under these names, and give that folder in place of the name"
         ) from error
-    from varkit.hub.published import pipeline_from_published
-
-    return pipeline_from_published(found, dtype)
+    return _converted(found, dtype, offload)
 
 
 def _found(name: str, files: Sequence[str], revision: str | None) -> list[Path]:
@@ -210,9 +221,9 @@ def _found(name: str, files: Sequence[str], revision: str | None) -> list[Path]:
     folders = {}
     for home in dict.fromkeys(homes.values()):
         patterns = [file + "*" if file.endswith("/") else file for file in files if homes[file] == home]
-        folders[home] = Path(_fetched(home, revision if home == name else None, patterns))
+        folders[home] = Path(fetched(home, revision if home == name else None, patterns))
     if missing := [file for file in files if _missing(folders[homes[file]], (file,))]:
-        raise _NotFetched(f"no {' and no '.join(missing)} in its cache or at this revision")
+        raise NotFetched(f"no {' and no '.join(missing)} in its cache or at this revision")
     return [path for file in files for path in _expanded(folders[homes[file]], (file,))]
 
 
@@ -222,21 +233,6 @@ def _address(name: str, file: str) -> str:
     home = RELEASED[name].elsewhere.get(file, name)
     on_the_hub = f"https://huggingface.co/{home}/{kind}/main/{file.rstrip('/')}"
     return RELEASED[name].addresses.get(file, on_the_hub)
-
-
-class _NotFetched(Exception):
-    """Why the hub gave no files."""
-
-
-def _fetched(name: str, revision: str | None, patterns: Sequence[str]) -> str:
-    """The folder in the hub's cache that holds a repository's files, after fetching those not yet there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(name, revision=revision, allow_patterns=list(patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise _NotFetched(" ".join(str(error).split())[:160]) from error
 
 
 def _missing(folder: Path, files: Sequence[str]) -> list[str]:

@@ -32,6 +32,13 @@ def check_complete(paths: Sequence[StrPath]) -> None:
                 )
 
 
+def told_name(path: StrPath) -> str:
+    """A file's name, behind that of its folder if it is a shard, which by itself tells nothing of the model."""
+    path = Path(path)
+    shard = NAME.fullmatch(path.name) or path.stem in ("model", "pytorch_model")
+    return "/".join(path.parts[-2:]) if shard else path.name
+
+
 def _numbered(names: Iterable[str]) -> Iterable[str]:
     """All names of every series that one of these is in."""
     for found in filter(None, map(NAME.fullmatch, names)):

@@ -20,10 +20,15 @@ from torch import Tensor
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath
 from varkit.hub.captions import clean_caption
+from varkit.hub.fetch import NotFetched, fetched, first_words
 from varkit.hub.folder import DTYPES
 
 CLASSES = {"t5": "T5EncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
 """transformers' class for each `model_type`."""
+
+
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+"""Configuration, tokenizer and weights, without the copies for other frameworks that a repository may have."""
 
 
 class PretrainedEncoder:
@@ -45,15 +50,15 @@ class PretrainedEncoder:
         """
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("dtype", dtype, DTYPES)
-        name = _place(name_or_folder)
+        name = os.fspath(name_or_folder)
         transformers = _transformers()
         try:
             with _silent(transformers.utils.logging):
-                return cls(*_read(transformers, name, dtype or "auto"), clean)
+                return cls(*_read(transformers, _folder(name), dtype or "auto"), clean)
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            why = " ".join(str(error).split())[:160]
+        except (NotFetched, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            why = first_words(error)
             raise UserError(
                 f"text encoder {name!r} could not be read ({why}); give a folder with config.json, tokenizer and "
                 "weights as transformers saves them, or the name of one on the Hugging Face hub"
@@ -90,14 +95,14 @@ class PretrainedEncoder:
         return ids
 
 
-def _place(name_or_folder: StrPath) -> str:
-    """A folder, or what may be a name on the hub: "model" or "owner/model"."""
-    name = os.fspath(name_or_folder)
-    if not Path(name).is_dir() and (
-        name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/")
-    ):
+def _folder(name: str) -> str:
+    """A folder that is one already, or of the files that "model" or "owner/model" has on the hub."""
+    if Path(name).is_dir():
+        return name
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise UserError(f"there is no text encoder in {name!r}; check the path")
-    return name
+    folder = fetched(name, None, FILES)
+    return folder if list(Path(folder).glob("*.safetensors")) else fetched(name, None, (*FILES, "*.bin"))
 
 
 def _read(transformers: Any, name: str, dtype: str) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
-"""Another schedule at run time for a model that takes any (FlexVAR, arXiv 2502.20313, Sec. 3.4): `Pipeline.scheduled`
-and `Pipeline.sized`.
+"""Another order at run time: `Pipeline.scheduled`, `sized`, `refined` and `diffused`.
 
-Guidance and sampling depend on the schedule as in the released sampler: a ramp of guidance rises over nine steps at
-most, and scales of sides that training never drew are drawn greedily. So a pipeline keeps settings that know no
-schedule, and whatever replaces some of them, `by_schedule` makes numbers for each step of them as a run starts.
+Schedules are for a model that takes any (FlexVAR, arXiv 2502.20313, Sec. 3.4). There guidance and sampling depend on
+the schedule as in the released sampler: a ramp of guidance rises over nine steps at most, and scales of sides that
+training never drew are drawn greedily. So a pipeline keeps settings that know no schedule, and whatever replaces some
+of them, `by_schedule` makes numbers for each step of them as a run starts.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from varkit.errors import UserError
+from varkit.heads.diffusion import DiffusionHead
 from varkit.plans.flexible import FlexibleScalesConfig, ramp
+from varkit.plans.masked import MaskedConfig
 from varkit.plans.ratios import sized
+from varkit.plans.refined import RefinedConfig, parse_counts
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule, Side
 
@@ -27,6 +30,9 @@ def scheduled(
     clamp: bool | None = None,
 ) -> "Pipeline":
     """What `Pipeline.scheduled` gives."""
+    masked = pipeline.configs["plan"]
+    if isinstance(masked, MaskedConfig) and isinstance(schedule, int):
+        return pipeline.over(replace(masked, iterations=schedule))
     plan = _flexible(pipeline)
     if isinstance(schedule, int):
         return _over(pipeline, plan.stepped(schedule), greedy_unseen, clamp)
@@ -60,11 +66,29 @@ def at_size(
     return _over(pipeline, plan.to_grid((size[0] // stride, size[1] // stride)), greedy_unseen, clamp)
 
 
+def refined(pipeline: "Pipeline", counts: str) -> "Pipeline":
+    """What `Pipeline.refined` gives."""
+    plan = pipeline.configs["plan"]
+    if not isinstance(plan, RefinedConfig):
+        raise UserError("this model does not refine its scales; leave the refinement out, or use an HMAR")
+    return pipeline.over(replace(plan, counts=parse_counts(counts, Schedule.parse(plan.schedule))))
+
+
+def diffused(pipeline: "Pipeline", steps: int) -> "Pipeline":
+    """What `Pipeline.diffused` gives."""
+    diffusing = {name: part for name, part in pipeline.parts.items() if isinstance(part, DiffusionHead)}
+    if not diffusing:
+        raise UserError("this model has no diffusion head; leave the diffusion steps out, or take a MAR")
+    heads = {name: head.stepped(steps) for name, head in diffusing.items()}
+    return pipeline.swapped(heads, {name: head.config for name, head in heads.items()})
+
+
 def _flexible(pipeline: "Pipeline") -> FlexibleScalesConfig:
     plan = pipeline.configs["plan"]
     if not isinstance(plan, FlexibleScalesConfig):
         raise UserError(
-            "this model draws in the one order that it was trained with; leave the schedule out, or take a FlexVAR"
+            "this model draws in the one order that it was trained with; leave the schedule and its steps out, or take "
+            "a FlexVAR"
         )
     return plan
 
