@@ -18,6 +18,7 @@ from varkit.nn.attention import Packed
 from varkit.plans.join import pack
 from varkit.plans.step import Step
 from varkit.train.objective import NextStepLoss
+from varkit.train.optim import in_block
 
 BATCH = 3
 
@@ -332,3 +333,17 @@ def test_gradients_reach_every_parameter(case: Case):
 def test_guidance_is_not_applied_at_the_first_scale():
     branches = torch.randn(2, 3, 4)
     assert torch.equal(Guidance(7.0, ramp=True)(branches, torch.zeros(3, 1)), branches[0])
+
+
+def test_muon_reaches_the_matrices_of_all_blocks_and_tables_of_none(case: Case):
+    """Whatever the stack is called; what stands outside, such as embeddings and outputs, is AdamW's."""
+    _, model = case.build()
+    generator = model.generator
+    stacked = {
+        f"{stack}.{n}" for stack in generator.stacks for n, _ in getattr(generator, stack).named_parameters()
+    }
+    for name, parameter in generator.named_parameters():
+        if name in stacked and name.endswith("weight") and parameter.ndim == 2:
+            assert in_block(name, parameter), name
+        elif not any(map(str.isdigit, name.split("."))):
+            assert not in_block(name, parameter), name

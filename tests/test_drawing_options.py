@@ -1,11 +1,14 @@
 """What commands may be told of sampling and order, and models that are no numbers."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests import models
 from tests.contracts import CASES
@@ -139,6 +142,20 @@ def test_a_batch_is_as_large_as_asked(class_model: Path, tmp_path: Path, monkeyp
         sizes.clear()
         assert main([*words, str(tmp_path / batch), "--batch", batch]) == 0
         assert sizes == expected and len(list((tmp_path / batch).glob("*.png"))) == 7
+
+
+def test_packed_weights_draw_the_same_picture(
+    class_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    packed: list[Pipeline] = []
+    pack = Pipeline.packed
+    monkeypatch.setattr(Pipeline, "packed", lambda self: packed.append(self) or pack(self))
+    plain = Image.open(io.BytesIO(draw(class_model, tmp_path / "a.png")))
+    assert not packed
+    other = Image.open(io.BytesIO(draw(class_model, tmp_path / "b.png", "--packed")))
+    assert packed and np.abs(np.asarray(plain, int) - np.asarray(other, int)).max() <= 1
+    with pytest.raises(UserError, match="--packed keeps a second copy .*; leave one out"):
+        Generate(label=1, packed=True, offload="disk")
 
 
 def test_a_batch_of_none_is_told():

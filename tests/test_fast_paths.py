@@ -48,6 +48,20 @@ def test_attention_in_training_is_as_exact_as_the_stock_kernel(shape, scale) -> 
         assert relative(own, true) < max(0.01, 1.5 * relative(other, true))
 
 
+@pytest.mark.parametrize("shape", [None, (1, 7), (2, 1, 1, 7)])
+@pytest.mark.parametrize("scale", [1.0, None])
+def test_one_query_is_more_exact_than_the_stock_kernel(shape, scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mask = None if shape is None else (torch.rand(shape) < 0.6) | (torch.arange(7) == 0)
+    q, k, v = (torch.randn(2, 3, n, 64).bfloat16() for n in (1, 7, 7))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=scale)
+    ours = attend(q, [View(k, v, mask)], scale)
+    monkeypatch.setattr(attention, "_is_one_query", lambda q: False)
+    stock = attend(q, [View(k, v, mask)], scale)
+    assert ours.dtype == torch.bfloat16 and not torch.equal(ours, stock)
+    assert relative(ours, exact) <= min(relative(stock, exact), 2.0**-8)
+
+
 def test_a_query_that_sees_nothing_has_no_gradient() -> None:
     q, k, v = (torch.randn(1, 1, 4, 8).bfloat16().requires_grad_() for _ in range(3))
     mask = torch.ones(4, 4, dtype=torch.bool)

@@ -177,8 +177,11 @@ def _attend_view(q: Tensor, view: View, scale: float | None, dropout: float) -> 
     if isinstance(view.mask, Strips | Tiles):
         return view.mask.apply(q, view.k, view.v, partial(_attend_part, scale=scale, dropout=dropout))
     shared = q.shape[1] != view.k.shape[1]
-    if not shared and not dropout and _slow_backward(q, view):
-        return _PlainAttention.apply(q, view.k, view.v, view.mask, scale)
+    if not shared and not dropout:
+        if _slow_backward(q, view):
+            return _PlainAttention.apply(q, view.k, view.v, view.mask, scale)
+        if _is_one_query(q):
+            return _one_query(q, view, scale)
     return F.scaled_dot_product_attention(
         q, view.k, view.v, attn_mask=view.mask, dropout_p=dropout, scale=scale, enable_gqa=shared
     )
@@ -194,6 +197,19 @@ def _slow_backward(q: Tensor, view: View) -> bool:
     """Whether gradients are wanted where the stock kernel is slow at them: in bfloat16 on a CPU."""
     wanted = torch.is_grad_enabled() and (q.requires_grad or view.k.requires_grad or view.v.requires_grad)
     return wanted and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def _is_one_query(q: Tensor) -> bool:
+    """Whether the stock kernel spends its time on laying out keys for one query: in bfloat16 on a CPU."""
+    return q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def _one_query(q: Tensor, view: View, scale: float | None) -> Tensor:
+    """Attention of q (N, H, 1, E) in float32. At 2 x 12 heads of width 64 and 256 keys, on two Zen 4 cores: 0.23 ms
+    in place of 0.56.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (_softmax(q, view.k, view.mask, scale) @ view.v.float()).to(q.dtype)
 
 
 SHORT = 512
@@ -234,10 +250,14 @@ class _PlainAttention(torch.autograd.Function):
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T) in q's dtype, by way of float32; a query that sees nothing has zeros."""
+    return _softmax(q, k, mask, scale).to(q.dtype)
+
+
+def _softmax(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     scores = (q.float() @ k.float().mT).mul_(scale)
     if mask is None:
-        return scores.softmax(-1).to(q.dtype)
-    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).masked_fill_(~mask, 0.0).to(q.dtype)
+        return scores.softmax(-1)
+    return scores.masked_fill_(~mask, -torch.inf).softmax(-1).masked_fill_(~mask, 0.0)
 
 
 class CosineNorm(nn.Module):

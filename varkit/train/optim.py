@@ -46,8 +46,10 @@ def lr_factor(schedule: str, step: int, steps: int, warmup: int | float, final: 
 
 
 def in_block(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix between hidden activations: those of blocks, which Muon is for."""
-    return parameter.ndim == 2 and "blocks" in name.split(".") and decays(name, parameter)
+    """Whether a parameter is a matrix between hidden activations, which Muon is for: those of numbered blocks, whatever
+    their stack is called.
+    """
+    return parameter.ndim == 2 and any(map(str.isdigit, name.split("."))) and decays(name, parameter)
 
 
 class NamedOptimizer:
