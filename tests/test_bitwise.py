@@ -161,6 +161,27 @@ def test_losses_are_those_of_the_paper():
     )
 
 
+def test_features_are_pulled_to_the_sums_of_codes():
+    """Without the pull only their directions matter, and they may outgrow every sum."""
+    schedule = Schedule.of(1, 2)
+    plain, pulled = (make(replace(CONFIG, schedule=(1, 2), pull=w)).quantizer for w in (0.0, 0.5))
+    f = features(make(), schedule, batch=3).requires_grad_()
+    first = pulled.features(pulled.encode(f, schedule)[:, :1], Schedule.of(1))
+    sums = [F.interpolate(first, (2, 2), mode="bilinear"), pulled(f, schedule).features]
+    expected = sum(0.5 * (f - s).square().sum(1).mean() for s in sums) / 2
+    gap = pulled(f, schedule).loss - plain(f, schedule).loss
+    assert abs(gap.item() - expected.item()) < 1e-4
+    alone = Schedule.of(2)
+    (grown,) = torch.autograd.grad(plain(f, alone).loss, f)
+    (held,) = torch.autograd.grad(pulled(f, alone).loss - plain(f, alone).loss, f)
+    large = f.norm(dim=1) > 1.01  # beyond unit codes
+    assert (
+        (grown * f).sum(1).abs().max() < 1e-5
+        and bool(large.any())
+        and bool(((held * f).sum(1) > 0)[large].all())
+    )
+
+
 def test_gradients_pass_straight_through_to_the_unit_vectors():
     tokenizer = make(replace(CONFIG, entropy=0.0, commitment=0.0))
     f = features(tokenizer, Schedule.of(2)).requires_grad_()

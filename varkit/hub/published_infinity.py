@@ -93,7 +93,7 @@ def files(pipeline: Pipeline) -> Files:
     check_told("head", head, replace(told_head, init_scale=head.init_scale))
     told_tokenizer = infinity.tokenizer_config(autoencoder, tokenizer.schedule, tokenizer.patch)
     check_told("tokenizer's convolutions", tokenizer.conv, told_tokenizer.conv)
-    weighed = {name: getattr(tokenizer, name) for name in ("entropy", "commitment")}
+    weighed = {name: getattr(tokenizer, name) for name in ("entropy", "commitment", "pull")}
     check_told("tokenizer", tokenizer, replace(told_tokenizer, **weighed))
     return {
         _tokenizer_name(tokenizer): (autoencoder, ("vae",)),

@@ -39,17 +39,19 @@ TINY = 1e-6
 class BitwiseQuantizer(ResidualQuantizer):
     """Features (B, d, h, w) <-> bits (B, L, D) uint8; nothing in it is learned.
 
-    entropy and commitment weigh the training loss; codes and what a generator is fed have D channels, f_hat has d.
+    entropy, commitment and pull weigh the training loss; codes and what a generator is fed have D channels, f_hat has d.
     """
 
     latent = "bits"
     unit: Tensor
 
-    def __init__(self, bits: int, patch: int = 1, entropy: float = 0.1, commitment: float = 0.25) -> None:
+    def __init__(
+        self, bits: int, patch: int = 1, entropy: float = 0.1, commitment: float = 0.25, pull: float = 0.0
+    ) -> None:
         super().__init__()
         self.embedding = None
         self.bits, self.patch = bits, patch
-        self.entropy, self.commitment = entropy, commitment
+        self.entropy, self.commitment, self.pull = entropy, commitment, pull
         self.register_buffer("unit", torch.tensor(bits**-0.5), persistent=False)
 
     @property
@@ -97,6 +99,9 @@ class BitwiseQuantizer(ResidualQuantizer):
             q = torch.where(z > 0, self.unit, -self.unit)
             f_hat = f_hat + self._resized(z + (q - z).detach(), schedule, -1, "bilinear")
             loss = loss + self._loss(z, q)
+            if self.pull:
+                gap = self.goal(f, level, schedule) - f_hat.detach()
+                loss = loss + self.pull * gap.square().sum(dim=1).mean()
             residuals.append(self._fold(z))
             bits.append(self.choose(residuals[-1], level, schedule))
         return Quantized(f_hat, loss / len(schedule), torch.cat(bits, 1), torch.cat(residuals, 1))
@@ -164,6 +169,10 @@ class BitwiseConfig:
 
     A code has as many bits as the convolutions have latent channels. `patch` folds patch x patch positions into a
     token. The released ones of 2, 8 and 20 billion parameters: `BitwiseConfig.published`.
+
+    entropy and commitment weigh the paper's losses, which see directions alone: features may grow beyond what unit codes
+    add up to, and then all levels but the last repeat the same signs. pull weighs the squared distance of the features
+    from the sum of codes after each level (ours; VAR's commitment).
     """
 
     conv: ConvConfig = ConvConfig(128, (1, 2, 4, 4, 4), latent_channels=32, attention=False)
@@ -171,6 +180,7 @@ class BitwiseConfig:
     patch: int = 1
     entropy: float = 0.1
     commitment: float = 0.25
+    pull: float = 0.0
     encoder: PatchEncoderConfig | None = None
 
     def __post_init__(self) -> None:
@@ -182,7 +192,7 @@ class BitwiseConfig:
             raise UserError(
                 f"patch {self.patch} is below 1; 1 gives each position of the features its own token"
             )
-        for name in ("entropy", "commitment"):
+        for name in ("entropy", "commitment", "pull"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be >= 0 (0 switches it off)")
 
@@ -209,7 +219,7 @@ class Bitwise(QuantizedTokenizer):
 
     def __init__(self, config: BitwiseConfig) -> None:
         bits = config.conv.latent_channels
-        quantizer = BitwiseQuantizer(bits, config.patch, config.entropy, config.commitment)
+        quantizer = BitwiseQuantizer(bits, config.patch, config.entropy, config.commitment, config.pull)
         schedule = Schedule.parse(config.schedule)
         super().__init__(config.conv, quantizer, schedule, bits, kernel=0, encoder=config.encoder)
         self.config = config

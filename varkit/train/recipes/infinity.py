@@ -15,6 +15,10 @@ BITS = 16
 ENTROPY = 0.001
 """Weight of the bits' entropy. By 0.1 or 0.01 of it bits of scenes become even and say nothing of the picture."""
 
+PULL = 0.002
+"""Weight of the features' distance from sums of codes, in place of the paper's commitment. Without it features of scenes
+grow to fifty times a code, and all scales but the last repeat the same signs; 0.01 and more cost the picture more."""
+
 
 def infinity(base: Recipe) -> Recipe:
     """The base's pyramid in bits. Raises `UserError` for pictures without captions, by which Infinity is told."""
@@ -28,6 +32,8 @@ def infinity(base: Recipe) -> Recipe:
         replace(pyramid.conv, latent_channels=BITS),
         pyramid.schedule,
         entropy=ENTROPY,
+        commitment=0.0,
+        pull=PULL,
         encoder=pyramid.encoder,
     )
     generator = InfinityConfig(
