@@ -39,7 +39,7 @@ TINY = 1e-6
 class BitwiseQuantizer(ResidualQuantizer):
     """Features (B, d, h, w) <-> bits (B, L, D) uint8; nothing in it is learned.
 
-    entropy, commitment and pull weigh the training loss; codes and what a generator is fed have D channels, f_hat has d.
+    entropy, commitment and pull weigh the training loss; codes and what a generator is fed have D channels, f_hat d.
     """
 
     latent = "bits"
@@ -170,9 +170,9 @@ class BitwiseConfig:
     A code has as many bits as the convolutions have latent channels. `patch` folds patch x patch positions into a
     token. The released ones of 2, 8 and 20 billion parameters: `BitwiseConfig.published`.
 
-    entropy and commitment weigh the paper's losses, which see directions alone: features may grow beyond what unit codes
-    add up to, and then all levels but the last repeat the same signs. pull weighs the squared distance of the features
-    from the sum of codes after each level (ours; VAR's commitment).
+    entropy and commitment weigh the paper's losses, which see directions alone: features may grow beyond what unit
+    codes add up to, and then all levels but the last repeat the same signs. pull weighs the squared distance of the
+    features from the sum of codes after each level (ours; VAR's commitment).
     """
 
     conv: ConvConfig = ConvConfig(128, (1, 2, 4, 4, 4), latent_channels=32, attention=False)

@@ -16,8 +16,8 @@ ENTROPY = 0.001
 """Weight of the bits' entropy. By 0.1 or 0.01 of it bits of scenes become even and say nothing of the picture."""
 
 PULL = 0.002
-"""Weight of the features' distance from sums of codes, in place of the paper's commitment. Without it features of scenes
-grow to fifty times a code, and all scales but the last repeat the same signs; 0.01 and more cost the picture more."""
+"""Weight of the features' distance from sums of codes, in place of the paper's commitment. Without it features of
+scenes grow to fifty times a code, and most scales repeat the same signs; 0.01 and more cost the picture more."""
 
 
 def infinity(base: Recipe) -> Recipe:
