@@ -181,7 +181,7 @@ def _attend_view(q: Tensor, view: View, scale: float | None, dropout: float) -> 
         if _slow_backward(q, view):
             return _PlainAttention.apply(q, view.k, view.v, view.mask, scale)
         if _is_one_query(q):
-            return _one_query(q, view, scale)
+            return _one_query(q, view.k, view.v, view.mask, scale)
     return F.scaled_dot_product_attention(
         q, view.k, view.v, attn_mask=view.mask, dropout_p=dropout, scale=scale, enable_gqa=shared
     )
@@ -204,12 +204,12 @@ def _is_one_query(q: Tensor) -> bool:
     return q.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
-def _one_query(q: Tensor, view: View, scale: float | None) -> Tensor:
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """Attention of q (N, H, 1, E) in float32. At 2 x 12 heads of width 64 and 256 keys, on two Zen 4 cores: 0.23 ms
     in place of 0.56.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return (_softmax(q, view.k, view.mask, scale) @ view.v.float()).to(q.dtype)
+    return (_softmax(q, k, mask, scale) @ v.float()).to(q.dtype)
 
 
 SHORT = 512
