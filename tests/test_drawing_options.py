@@ -184,7 +184,10 @@ def test_a_model_of_nan_draws_nothing(part: str, temperature: float):
     broken = tiny_pipeline(ClassConfig(3))
     with torch.no_grad():
         list(broken.parts[part].parameters())[-1][0] = torch.nan
-    with pytest.raises(UserError, match="gives NaN: a number overflowed or a weight is damaged; try float32"):
+    with pytest.raises(
+        UserError,
+        match="what the head gives has NaN: .* is damaged; try float32",
+    ):
         broken.generate(1, temperature=temperature)
 
 

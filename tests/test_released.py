@@ -205,8 +205,11 @@ def test_names_tell_the_pixels_to_draw_unless_asked(tmp_path: Path):
     (folder / "infinity_8b_weights").rename(folder / "infinity_8b_512x512_weights")
     large = load(folder)
     assert large.configs["plan"] == scales(1.0, "0.25M")
-    state = next((folder / "infinity_8b_512x512_weights").glob("*.bin"))
-    state.rename(state.with_name("infinity_123x123.bin"))  # no size of Infinity's
+    _, written = save_published(large, tmp_path / "back")
+    assert written.name == "infinity_layer4_512x512.pth"
+    assert load(tmp_path / "back").configs["plan"] == large.configs["plan"]
+    written.rename(written.with_name("infinity_layer4_123x123.pth"))  # no size of Infinity's
+    assert load(tmp_path / "back").configs["plan"] == scales(1.0, "0.06M")
 
 
 def test_a_command_takes_a_name_on_the_hub(

@@ -75,16 +75,8 @@ def test_few_pictures_are_drawn_in_the_batches_of_many(
 
 def test_a_list_of_one_is_drawn_alike_however_shared(class_model: Path, tmp_path: Path):
     (tmp_path / "cat.txt").write_text("cat\n")
-    words = [
-        "generate",
-        "--prompts",
-        str(tmp_path / "cat.txt"),
-        "--model",
-        str(class_model),
-        "--n",
-        "3",
-        "--out",
-    ]
+    words = ["generate", "--prompts", str(tmp_path / "cat.txt"), "--model", str(class_model)]
+    words += ["--n", "3", "--out"]
     assert main([*words, str(tmp_path / "whole")]) == 0
     for share in range(3):
         assert main([*words, str(tmp_path / "parts"), "--shard", f"{share}/3"]) == 0

@@ -21,3 +21,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     else:
         options = f"known: {', '.join(names[:8])}, ... ({len(names)} in all)"
     return UserError(f"unknown {kind} {name!r}; {options}" + (f" {hint}" if hint else ""))
+
+
+def no_numbers(what: str) -> UserError:
+    """Return a `UserError` for NaN in `what` a model gives."""
+    return UserError(
+        f"{what} has NaN: a number overflowed or a weight is damaged; try float32, or fetch the model again"
+    )

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varkit.errors import UserError
+from varkit.errors import no_numbers
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -19,9 +19,7 @@ def to_array(images: Tensor) -> np.ndarray:
     """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded to nearest. Raises `UserError` for NaN."""
     images = images.detach().float()
     if bool(images.sum().isnan()):
-        raise UserError(
-            "a picture has NaN: a number overflowed or a weight is damaged; try float32, or fetch the model again"
-        )
+        raise no_numbers("a picture")
     scaled = (images.clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varkit.decode.guidance import BySteps, by_step
 from varkit.devices import sent
-from varkit.errors import UserError
+from varkit.errors import UserError, no_numbers
 from varkit.heads.base import Ask
 from varkit.plans.base import CONFIDENCE
 
@@ -46,9 +46,7 @@ class Sampler:
         """
         # On a CPU: elsewhere the question would make every step wait, and the picture is looked at in the end.
         if logits.device.type == "cpu" and bool(logits.sum().isnan()):
-            raise UserError(
-                "the model gives NaN: a number overflowed or a weight is damaged; try float32, or fetch the model again"
-            )
+            raise no_numbers("what the head gives")
         if self.temperature == 0 and not ask.confidence:
             return {"ids": logits.argmax(dim=-1)}
         p = self.filtered(logits, ask.progress).softmax(dim=-1)

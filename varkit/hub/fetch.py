@@ -1,9 +1,10 @@
-"""Files from the Hugging Face hub, by way of its cache: the only code here that uses the network."""
+"""Files from the Hugging Face hub, by way of its cache."""
 
 from collections.abc import Sequence
 from textwrap import shorten
 
 REASON = 160
+"""Characters of a library's words that a line of ours repeats."""
 
 
 class NotFetched(Exception):
@@ -25,5 +26,6 @@ def fetched(name: str, revision: str | None, patterns: Sequence[str]) -> str:
 
 
 def first_words(error: Exception) -> str:
-    """What a library says in its first line, or the beginning of that."""
-    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], REASON, placeholder=" ...")
+    """What a library says in its first line, cut between words where it is long; its kind where it says nothing."""
+    said = str(error).strip() or type(error).__name__
+    return shorten(said.splitlines()[0], REASON, placeholder=" (...)")

@@ -30,9 +30,9 @@ def scheduled(
     clamp: bool | None = None,
 ) -> "Pipeline":
     """What `Pipeline.scheduled` gives."""
-    masked = pipeline.configs["plan"]
-    if isinstance(masked, MaskedConfig) and isinstance(schedule, int):
-        return pipeline.over(replace(masked, iterations=schedule))
+    own = pipeline.configs["plan"]
+    if isinstance(own, MaskedConfig) and isinstance(schedule, int):
+        return pipeline.over(replace(own, iterations=schedule))
     plan = _flexible(pipeline)
     if isinstance(schedule, int):
         return _over(pipeline, plan.stepped(schedule), greedy_unseen, clamp)

@@ -21,6 +21,7 @@ from varkit.hub.assemble import Files, assembled, states_of
 from varkit.hub.keymap import check_told
 from varkit.hub.pipeline import Pipeline, Settings
 from varkit.plans.ratios import BUDGETS, SCHEDULES, scales
+from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.bitwise import BitwiseConfig
 
 SETTINGS = Settings(guidance=4.0, temperature=0.5, top_p=0.97)
@@ -97,7 +98,7 @@ def files(pipeline: Pipeline) -> Files:
     check_told("tokenizer", tokenizer, replace(told_tokenizer, **weighed))
     return {
         _tokenizer_name(tokenizer): (autoencoder, ("vae",)),
-        _file(name, own, pipeline.size): (generator, ()),
+        _file(name, own, pipeline.configs["plan"]): (generator, ()),
     }
 
 
@@ -139,12 +140,11 @@ def _name(config: InfinityConfig) -> tuple[str, int]:
     return name, chunks if config.depth % chunks == 0 else 1
 
 
-def _file(name: str, config: InfinityConfig, size: tuple[int, int]) -> str:
-    """The generator's file, with the size that `_budget` finds again where it is not the usual one."""
-    side = size[0] if size[0] == size[1] else 0
-    unusual = side in SIDES and SIDES[side] != _usual(config)
-    told = f"_{side}x{side}" if unusual or (name == "layer12" and side in SIDES) else ""
-    return f"infinity_{RELEASED.get(name, name)}{told}.pth"
+def _file(name: str, config: InfinityConfig, plan: ScalesConfig) -> str:
+    """The generator's file, with the side that `_budget` finds again where it is not the usual one, or released so."""
+    sides = [side for side, budget in SIDES.items() if plan == scales(1.0, budget)]
+    told = [f"_{side}x{side}" for side in sides if SIDES[side] != _usual(config) or name == "layer12"]
+    return f"infinity_{RELEASED.get(name, name)}{''.join(told)}.pth"
 
 
 def _tokenizer_name(config: BitwiseConfig) -> str:

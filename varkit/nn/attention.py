@@ -205,8 +205,8 @@ def _is_one_query(q: Tensor) -> bool:
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention of q (N, H, 1, E) in float32. At 2 x 12 heads of width 64 and 256 keys, on two Zen 4 cores: 0.23 ms
-    in place of 0.56.
+    """Attention of q (N, H, 1, E) over k and v, in float32. At 2 x 12 heads of width 64 and 256 keys, on two Zen 4
+    cores: 0.23 ms in place of 0.56.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return (_softmax(q, k, mask, scale) @ v.float()).to(q.dtype)

@@ -171,7 +171,7 @@ class BitwiseConfig:
     token. The released ones of 2, 8 and 20 billion parameters: `BitwiseConfig.published`.
 
     entropy and commitment weigh the paper's losses, which see directions alone: features may grow beyond what unit
-    codes add up to, and then all levels but the last repeat the same signs. pull weighs the squared distance of the
+    codes add up to, and then most levels repeat the signs of the first. pull weighs the squared distance of the
     features from the sum of codes after each level (ours; VAR's commitment).
     """
 
