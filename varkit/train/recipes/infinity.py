@@ -7,7 +7,7 @@ from varkit.generators.infinity import InfinityConfig
 from varkit.generators.text import TextConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.bitwise import BitwiseConfig
-from varkit.train.recipes.recipe import Recipe, next_scale
+from varkit.train.recipes.recipe import Recipe, longer, next_scale
 from varkit.train.recipes.scenes import scenes_small
 from varkit.train.self_correction import SelfCorrection
 
@@ -48,4 +48,4 @@ def infinity(base: Recipe) -> Recipe:
 
 def infinity_scenes() -> Recipe:
     """Captioned scenes; the small text encoder stands in for flan-t5-xl."""
-    return replace(infinity(scenes_small()), name="infinity-scenes")
+    return longer(replace(infinity(scenes_small()), name="infinity-scenes"), 2)

@@ -7,7 +7,7 @@ from varkit.generators.text import TextConfig
 from varkit.hub.pipeline import Settings
 from varkit.tokenizers.kl import KLConfig
 from varkit.train.masked_lessons import MaskedLessons
-from varkit.train.recipes.recipe import Recipe, next_scale
+from varkit.train.recipes.recipe import Recipe, longer, next_scale
 from varkit.train.recipes.scenes import scenes_small
 
 CLASS_SLOTS = 16
@@ -32,5 +32,5 @@ def mar(base: Recipe) -> Recipe:
 
 
 def mar_scenes() -> Recipe:
-    """Captioned scenes, of 64 tokens."""
-    return replace(mar(scenes_small()), name="mar-scenes")
+    """Captioned scenes, of 64 tokens. A step teaches the masked positions alone, so it takes more of them than its base."""
+    return longer(replace(mar(scenes_small()), name="mar-scenes"), 4)

@@ -102,6 +102,12 @@ def next_scale(base: Recipe) -> tuple[MultiScaleVQConfig, VARConfig]:
 
 
 def part_of(train: TrainConfig, share: float) -> TrainConfig:
-    """A training for a share of its steps, or of its minutes."""
+    """A training for a share of its steps, or of its minutes; above 1 for more."""
     steps = None if train.steps is None else round(train.steps * share)
     return replace(train, steps=steps, minutes=None if train.minutes is None else train.minutes * share)
+
+
+def longer(recipe: Recipe, times: float) -> Recipe:
+    """The recipe with `times` as much training of its generator."""
+    generator = replace(recipe.generator, train=part_of(recipe.generator.train, times))
+    return replace(recipe, generator=generator)
