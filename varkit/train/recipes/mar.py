@@ -32,5 +32,5 @@ def mar(base: Recipe) -> Recipe:
 
 
 def mar_scenes() -> Recipe:
-    """Captioned scenes, of 64 tokens. A step teaches the masked positions alone, so it takes more of them than its base."""
+    """Captioned scenes, of 64 tokens. A step teaches the masked positions alone, so it takes more than its base."""
     return longer(replace(mar(scenes_small()), name="mar-scenes"), 4)
