@@ -29,14 +29,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rounds import Step, alternate
-from torch import Tensor, nn
+from torch import nn
 
+from varkit.bench.machine import convolution_linear
 from varkit.cli.console import log, print_table
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.var import VARConfig
 from varkit.hardware import hardware
 from varkit.heads.categorical import CategoricalConfig
-from varkit.nn.linear import convolution_linear
+from varkit.nn.linear import ONEDNN_LINEAR, differentiable_linear
 from varkit.plans.scales import ScalesConfig
 from varkit.plans.schedule import Schedule
 from varkit.tokenizers.conv import ConvConfig
@@ -224,24 +225,14 @@ def _kernel_times(inputs: int, outputs: int, dtype: torch.dtype) -> Iterator[tup
     weight = (0.05 * torch.randn(outputs, inputs)).to(dtype).requires_grad_()
     bias = torch.zeros(outputs, dtype=dtype).requires_grad_()
     grad = torch.randn(BATCH * TOKENS, outputs).to(dtype)
-    for name, kernel in (("linear", F.linear), ("convolution", convolution_linear)):
+    kernels = {"linear": F.linear, "convolution": convolution_linear}
+    if ONEDNN_LINEAR:
+        kernels["product"] = differentiable_linear
+    for name, kernel in kernels.items():
         y = kernel(x, weight, bias)
         yield name, "forward", _fastest(lambda: kernel(x, weight, bias))  # noqa: B023
         backward = lambda: torch.autograd.grad(y, (x, weight, bias), grad, retain_graph=True)  # noqa: B023, E731
         yield name, "backward", _fastest(backward)
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return
-
-    def onednn(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(a, b, c, "none", [], "")
-
-    with torch.no_grad():
-        yield "onednn", "forward", _fastest(lambda: onednn(x, weight, bias))
-        yield (
-            "onednn",
-            "backward",
-            _fastest(lambda: (onednn(grad, weight.T), onednn(grad.T, x.T), grad.sum(0))),
-        )
 
 
 def _fastest(call: Callable[[], Any], tries: int = 5) -> float:

@@ -1,4 +1,4 @@
-"""Compiled training against plain training. Slow: a compiler takes its time."""
+"""Compiled training against plain training."""
 
 import shutil
 
@@ -8,6 +8,7 @@ import torch
 from tests.contracts import CASES
 from tests.test_objective import constant_tokens
 from varkit.errors import UserError
+from varkit.nn import linear
 from varkit.train.generator_task import Forced, NextStepTask
 from varkit.train.task import TrainConfig
 from varkit.train.trainer import Trainer
@@ -36,6 +37,22 @@ def test_compiled_training_is_plain_training(case: str) -> None:
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     assert plain.validate()[0].keys() == compiled.validate()[0].keys()
+
+
+@pytest.mark.parametrize("case", ["var-class", "llamagen-class"])
+def test_compiled_parts_are_traced_whole(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that breaks compiles in pieces, slowly and to little use; what is compiled with is left out here."""
+    monkeypatch.setattr(linear, "AMD", True)
+    monkeypatch.setattr(linear, "_SMALLEST_WORK", 0)
+    monkeypatch.setattr(linear, "_SMALLEST_PRODUCT", 0)
+    run, parts = trainer(case), 0
+    for module in run.model.modules():
+        for name in getattr(module, "compilable", ()):
+            whole = torch.compile(getattr(module, name), fullgraph=True, backend="eager")
+            monkeypatch.setattr(module, name, whole)
+            parts += 1
+    assert parts
+    assert run.step(8) is not None
 
 
 def test_without_a_compiler_it_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

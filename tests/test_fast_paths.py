@@ -8,14 +8,7 @@ from varkit.heads import categorical
 from varkit.heads.categorical import CategoricalHead
 from varkit.nn import attention
 from varkit.nn.attention import CosineNorm, View, attend
-from varkit.nn.linear import (
-    Linear,
-    _has_onednn_linear,
-    convolution_linear,
-    linear,
-    onednn_linear,
-    pack,
-)
+from varkit.nn.linear import ONEDNN_LINEAR, Linear, differentiable_linear, linear, onednn_linear, pack
 from varkit.tokenizers.conv import ConvConfig, Decoder, Encoder
 
 
@@ -112,25 +105,31 @@ def test_cosine_norm_is_normalisation_and_takes_zeros() -> None:
     assert q.grad.isfinite().all() and k.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_convolution_is_the_linear_at_any_number_of_threads(threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        x, weight, bias = torch.randn(4, 33, 16), torch.randn(24, 16), torch.randn(24)
-        inputs = [t.requires_grad_() for t in (x, weight, bias)]
-        ours, theirs = convolution_linear(*inputs), F.linear(*inputs)
-        assert torch.allclose(ours, theirs, atol=1e-5)
-        outer = torch.randn_like(ours)
-        pairs = zip(
-            torch.autograd.grad(ours, inputs, outer), torch.autograd.grad(theirs, inputs, outer), strict=True
-        )
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
-    finally:
-        torch.set_num_threads(before)
+needs_onednn = pytest.mark.skipif(not ONEDNN_LINEAR, reason="this torch has no such operator")
 
 
-needs_onednn = pytest.mark.skipif(not _has_onednn_linear(), reason="this torch has no such operator")
+@needs_onednn
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (0, 1)])
+def test_the_product_with_gradients_is_the_linear(wanted: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(4, 33, 16), torch.randn(24, 16), torch.randn(24)]
+    differentiated = [inputs[i].requires_grad_() for i in wanted]
+    ours, theirs = differentiable_linear(*inputs), F.linear(*inputs)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    outer = torch.randn(24, 4, 33).permute(1, 2, 0)  # gradients come in any layout
+    pairs = zip(
+        torch.autograd.grad(ours, differentiated, outer),
+        torch.autograd.grad(theirs, differentiated, outer),
+        strict=True,
+    )
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [None, torch.ones(8, requires_grad=True)])
+def test_the_product_is_a_sound_operator(bias: torch.Tensor | None) -> None:
+    x, weight = torch.randn(5, 16).requires_grad_(), torch.randn(8, 16).requires_grad_()
+    torch.library.opcheck(differentiable_linear, (x, weight, bias))
 
 
 @needs_onednn
