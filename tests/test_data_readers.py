@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from varkit.data import folder as folder_module
+from varkit.data import images as images_module
 from varkit.data.arrays import ArrayImages, open_array
 from varkit.data.base import Dataset, Report, hash_split
 from varkit.data.emoji import Emoji, find_font
 from varkit.data.folder import FolderReason, ImageFolder
-from varkit.data.images import MAX_PIXELS, BadImage, Reason, check_header, fit, open_image
+from varkit.data.images import MAX_PIXELS, BadImage, Reason, check_header, fit, open_alpha, open_image
 from varkit.data.real import Digits, Photographs
 from varkit.data.registry import open_dataset
 from varkit.errors import UserError
@@ -164,6 +166,43 @@ def test_large_jpeg_is_decoded_small_yet_covers_twice_the_side():
     photo = encode(noise(800, 640), "JPEG")
     assert open_image(photo).shape == (640, 800, 3)
     assert open_image(photo, cover=(64, 64)).shape == (160, 200, 3)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "RGBA", "RGB", "P"])
+def test_large_pictures_are_converted_a_strip_at_a_time(mode):
+    """Beside the picture as decoded, which Pillow holds, there is little more than the pixels returned."""
+    side = 3000
+    picture = encode(Image.new(mode, (side, side)))
+    tracemalloc.start()
+    pixels = open_image(picture)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * pixels.nbytes, f"{peak / side**2:.1f} bytes a pixel"
+
+
+def varied(mode: str, **options: object) -> bytes:
+    """A picture of noise in this mode, stored without loss; deep greys of both signs where they have one."""
+    rng = np.random.default_rng(0)
+    deep = {"I;16": "uint16", "I;16B": ">u2", "I": "int32", "F": "float32"}
+    if mode in deep:
+        image = Image.fromarray((rng.normal(size=(7, 5)) * 9000).astype(np.int32).astype(deep[mode]))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (7, 5, 4), np.uint8)).convert(mode)
+    return encode(image, "TIFF" if mode in (*deep, "CMYK", "LAB") else "PNG", **options)
+
+
+VARIED = {mode: varied(mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB")}
+VARIED |= {mode: varied(mode) for mode in ("I;16", "I;16B", "I", "F")}
+VARIED["P, transparent"] = varied("P", transparency=3)
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_strips_change_nothing(name, monkeypatch):
+    whole, opaque = open_image(VARIED[name]), open_alpha(VARIED[name])
+    assert whole.std() > 10
+    monkeypatch.setattr(images_module, "STRIP_PIXELS", 10)
+    assert np.array_equal(open_image(VARIED[name]), whole)
+    assert np.array_equal(open_alpha(VARIED[name]), opaque)  # type: ignore[arg-type]
 
 
 # ---- one picture: refusals
@@ -394,8 +433,20 @@ def test_folder_labels_are_its_first_level(tmp_path):
     dataset = ImageFolder(tmp_path)
     assert dataset.class_names == ["a", "b"]
     assert labels_of(dataset, range(3)) == [0, 0, 1]
-    write(tmp_path / "loose.png")
-    assert ImageFolder(tmp_path).class_names is None
+    assert dataset.report.counts == {}
+
+
+def test_pictures_beside_class_folders_switch_classes_off_and_say_so(tmp_path):
+    for name in ("a/x.png", "b/x.png", "stray.png"):
+        write(tmp_path / name)
+    dataset = ImageFolder(tmp_path)
+    assert dataset.class_names is None and dataset.batch([0], (8, 8)).labels is None
+    assert str(dataset.report) == "1 picture beside the class folders: no classes (stray.png)"
+    write(tmp_path / "a/x.txt", b"a cat")  # captions are used in place of classes: nothing is lost
+    assert ImageFolder(tmp_path).report.counts == {FolderReason.NO_CAPTION: 2}
+    (tmp_path / "a/x.txt").unlink()
+    write(tmp_path / "stray.png", b"nothing")
+    assert ImageFolder(tmp_path).class_names == ["a", "b"]
 
 
 def test_broken_picture_is_replaced_by_its_neighbour_of_the_same_split(tmp_path):
@@ -435,6 +486,33 @@ def test_captions_from_lists_and_texts(tmp_path):
     dataset = ImageFolder(tmp_path)
     assert captions_of(dataset, range(4)) == ["a red cat", "a dog", "", "two lines"]
     assert dataset.report.counts == {FolderReason.NO_CAPTION: 1}
+
+
+def test_caption_suffixes_are_of_any_case(tmp_path):
+    for name in ("Y.png", "Z.PNG", "sub/x.png"):
+        write(tmp_path / name)
+    write(tmp_path / "Y.txt", b"the one in small letters")
+    write(tmp_path / "Y.TXT", b"the other one")
+    write(tmp_path / "Z.TXT", b"a cat")
+    write(tmp_path / "sub/x.Txt", b"a dog")
+    write(tmp_path / "sub/Z.txt", b"of no picture")
+    dataset = ImageFolder(tmp_path)
+    assert captions_of(dataset, range(3)) == ["the one in small letters", "a cat", "a dog"]
+
+
+def test_captions_that_are_not_utf_8_are_unreadable(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        write(tmp_path / name)
+    write(tmp_path / "a.txt", "bad".encode("utf-16"))
+    write(tmp_path / "b.txt", "un café".encode("latin-1"))
+    write(tmp_path / "c.txt", "un café\n".encode() + b"\xff")  # only the first line is a caption
+    assert captions_of(ImageFolder(tmp_path), range(4)) == ["", "", "un café", ""]
+    rows = ['{"file_name": "a.png", "text": "caf\xe9"}', '{"file_name": "d.png", "text": "\\ud83d"}']
+    write(tmp_path / "captions.jsonl", "\n".join(rows).encode("latin-1"))
+    dataset = ImageFolder(tmp_path)
+    assert captions_of(dataset, range(4)) == ["", "", "un café", ""]
+    assert dataset.report.counts == {FolderReason.UNREADABLE: 4, FolderReason.NO_CAPTION: 3}
+    assert dataset.report.examples[FolderReason.UNREADABLE] == ["a.txt", "b.txt", "captions.jsonl:1"]
 
 
 def test_caption_files_cannot_leave_the_folder(tmp_path):
@@ -568,11 +646,33 @@ def test_npz_with_labels_follows_the_split(keys, tmp_path):
     assert not set(labels) & set(labels_of(train, range(len(train))))
 
 
+def test_labels_of_an_array_are_its_classes():
+    images = np.zeros((4, 4, 4), np.uint8)
+    dataset = ArrayImages(images, np.array([2, 0, 2, 1], np.uint8))
+    assert dataset.class_names == ["0", "1", "2"] and dataset.report.counts == {}
+    assert dataset.take([0, 1]).class_names == ["0", "1", "2"]
+    assert ArrayImages(images).class_names is None
+    from_one = ArrayImages(images, np.array([1, 2, 6, 2]))
+    assert from_one.class_names == ["0", "1", "2", "3", "4", "5", "6"]
+    assert str(from_one.report) == "4 class without a picture (0, 3, 4, ...)"
+
+
+@pytest.mark.parametrize("label", [-1, 100_000, 2**40, 2**64 - 1])
+def test_labels_that_cannot_be_classes_are_refused(label):
+    ArrayImages(np.zeros((2, 4, 4), np.uint8), np.array([0, 99_999]))
+    with pytest.raises(
+        UserError, match=f"a.npz has the label {label}; .* 0 to 99999; number .* from 0"
+    ) as caught:
+        labels = np.array([0, label], np.int64 if label < 2**63 else np.uint64)
+        ArrayImages(np.zeros((2, 4, 4), np.uint8), labels, "a.npz")
+    assert "\n" not in str(caught.value)
+
+
 BAD_ARRAYS: dict[str, tuple[np.ndarray, str]] = {
     "two dimensions": (np.zeros((4, 4)), "shape"),
     "five channels": (np.zeros((2, 4, 4, 5)), "shape"),
     "empty": (np.zeros((0, 4, 4)), "empty"),
-    "uint16": (np.zeros((2, 4, 4), np.uint16), "uint16"),
+    "uint16": (np.zeros((2, 4, 4), np.uint16), "uint16; .* scale them to 0 to 255"),
     "text": (np.full((2, 4, 4), "a"), "type"),
     "objects": (np.full((2, 4, 4), None), "pickled"),
     "not a number": (np.full((2, 4, 4), np.nan), "NaN"),
@@ -614,7 +714,7 @@ def test_bad_array_files(tmp_path):
     np.savez(tmp_path / "other.npz", pictures=images)
     with pytest.raises(UserError, match="it has pictures"):
         open_array(tmp_path / "other.npz")
-    for labels in (np.zeros(2, int), np.zeros(3), np.array([-1, 0, 1])):
+    for labels in (np.zeros(2, int), np.zeros(3)):
         np.savez(tmp_path / "labels.npz", images=images, labels=labels)
         with pytest.raises(UserError, match="3 whole numbers"):
             open_array(tmp_path / "labels.npz")

@@ -19,13 +19,19 @@ from varkit.errors import UserError
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "y", "arr_1")
 MAX_NPZ_BYTES = 8 << 30
+MAX_CLASSES = 100_000  # each is a row of a model's table; a greater label is some other kind of number
 TOLERANCE = 1e-3  # rounding of half precision
 SCANNED_BYTES = 64 << 20
 LAYOUTS = "(N, H, W), (N, H, W, 1 | 3 | 4) or (N, 3, H, W)"
 
 
 class ArrayImages(FiniteDataset):
-    """Pictures (N, H, W), (N, H, W, 1 | 3 | 4) or (N, 3, H, W), uint8 or float, with labels (N,) or None."""
+    """Pictures (N, H, W), (N, H, W, 1 | 3 | 4) or (N, 3, H, W), uint8 or float, with labels (N,) or None.
+
+    Labels are the classes' numbers, and `class_names` those from "0" to the greatest. Classes between them that no
+    picture has are counted in the report: labels that do not begin at 0, or that are not classes at all.
+    Raises `UserError` for another shape, type or range.
+    """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, name: str = "array") -> None:
         self.channels_first = _channels_first(images.shape, name)
@@ -37,6 +43,10 @@ class ArrayImages(FiniteDataset):
         self.low, self.high = _value_range(images, name)
         if images.dtype != np.uint8:
             self.report.add(f"float array read as [{self.low:g}, {self.high:g}]", name)
+        if self.labels is not None:
+            self.class_names = [str(number) for number in range(int(self.labels.max()) + 1)]
+            for number in np.setdiff1d(np.arange(len(self.class_names)), self.labels):
+                self.report.add("class without a picture", str(number))
 
     def take(self, rows: Sequence[int]) -> Self:
         view = super().take(rows)
@@ -66,7 +76,12 @@ class ArrayImages(FiniteDataset):
 
 
 def open_array(path: str | Path) -> ArrayImages:
-    """Open a `.npy` or `.npz` file; pickles are refused."""
+    """Open a `.npy` or `.npz` file; pickles are refused.
+
+    An `.npz` is unpacked into memory, and one that unpacks to more than 8 GiB (`MAX_NPZ_BYTES`) is refused: a fixed
+    limit, whatever memory there is. A `.npy` is read from disk as it is needed and has none.
+    Raises `UserError`.
+    """
     path, name = Path(path), printable(str(path))
     if not path.exists():
         raise UserError(f"array file {name} does not exist; give an .npy or .npz file of pictures")
@@ -116,11 +131,18 @@ def _channels_first(shape: tuple[int, ...], name: str) -> bool:
 
 
 def _checked_labels(labels: np.ndarray, count: int, name: str) -> np.ndarray:
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+    """Return the labels as int64, the number of classes kept within bounds."""
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise UserError(
             f"{name} has labels of shape {labels.shape} and type {labels.dtype}; "
             f"give {count} whole numbers from 0, one for each picture"
         )
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < MAX_CLASSES:
+            raise UserError(
+                f"{name} has the label {label}; labels are classes from 0 to {MAX_CLASSES - 1}; "
+                "number yours from 0, or leave the labels out"
+            )
     return labels.astype(np.int64)
 
 
@@ -129,7 +151,10 @@ def _value_range(images: np.ndarray, name: str) -> tuple[float, float]:
     if images.dtype == np.uint8:
         return 0, 255
     if images.dtype.kind != "f":
-        raise UserError(f"{name} has values of type {images.dtype}; pictures are uint8 or float")
+        raise UserError(
+            f"{name} has values of type {images.dtype}; pictures are uint8 or float; "
+            "scale them to 0 to 255 and save them as numpy.uint8"
+        )
     rows = max(1, SCANNED_BYTES // images[0].nbytes)
     parts = [images[start : start + rows] for start in range(0, len(images), rows)]
     low = float(np.min([part.min() for part in parts]))

@@ -27,10 +27,11 @@ HEADER_THREADS = 8  # hides the latency of a network disk
 
 
 class FolderReason(StrEnum):
-    """Why a sub-folder was not entered, or a caption not used."""
+    """Why a sub-folder was not entered, its name is no class, or a caption was not used."""
 
     LINKED = "linked folder not entered"
     CLOSED = "unreadable folder"
+    BESIDE = "picture beside the class folders: no classes"
     OUTSIDE = "caption path leaves the folder"
     UNREADABLE = "unreadable caption"
     NO_PICTURE = "caption without a picture"
@@ -69,7 +70,7 @@ class ImageFolder(FiniteDataset):
     """All pictures under `path` in the order of their names, hidden files and linked folders left out.
 
     A first-level sub-folder is a class (when every picture lies in one). A caption is the first line of the
-    `.txt` beside the picture, or the `caption` (or `text`) beside its `file_name` in `captions.jsonl` or
+    `.txt` beside the picture, in UTF-8, or the `caption` (or `text`) beside its `file_name` in `captions.jsonl` or
     `metadata.jsonl`.
     """
 
@@ -93,6 +94,9 @@ class ImageFolder(FiniteDataset):
         if self.has_captions:
             for name in without:
                 self.report.add(FolderReason.NO_CAPTION, name)
+        elif self.class_names is None:  # captions are used in place of classes
+            for name in _beside_folders(good):
+                self.report.add(FolderReason.BESIDE, name)
 
     def _check_headers(self, names: list[str]) -> list[str]:
         """Return the names of the pictures whose header is sound; count the others."""
@@ -163,9 +167,12 @@ def _existing_folder(path: Path) -> Path:
     return path
 
 
-def _walk(root: Path, report: Report) -> tuple[list[str], set[str]]:
-    """Return the sorted relative names of all picture files, and the set of those of the `.txt` files."""
-    pictures, texts = [], set()
+def _walk(root: Path, report: Report) -> tuple[list[str], dict[str, str]]:
+    """Return the sorted relative names of all picture files, and those of the `.txt` files by name without suffix.
+
+    Suffixes are of any case.
+    """
+    pictures, texts = [], []
 
     def unreadable(error: OSError) -> None:
         report.add(FolderReason.CLOSED, str(error.filename))
@@ -184,28 +191,43 @@ def _walk(root: Path, report: Report) -> tuple[list[str], set[str]]:
             if suffix in picture_suffixes():
                 pictures.append(relative)
             elif suffix == ".txt":
-                texts.add(relative)
-    return sorted(pictures), texts
+                texts.append(relative)
+    # Of `a.TXT` and `a.txt` the later is used: the one in small letters.
+    return sorted(pictures), {_stem(text): text for text in sorted(texts)}
+
+
+def _stem(name: str) -> str:
+    return PurePath(name).with_suffix("").as_posix()
 
 
 def _classes(names: list[str]) -> tuple[list[str] | None, list[int]]:
     """Return the first-level sub-folders and each picture's number among them, or None and -1 throughout."""
     folders = [name.split("/")[0] for name in names if "/" in name]
     if len(folders) < len(names):
-        return None, [-1] * len(names)
+        return None, [-1] * len(names)  # reported, see `_beside_folders`
     classes = sorted(set(folders))
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[name] for name in folders]
 
 
-def _read_captions(root: Path, names: list[str], texts: set[str], report: Report) -> dict[str, str]:
+def _beside_folders(names: list[str]) -> list[str]:
+    """Return the pictures in no sub-folder, where others are in one: those that keep sub-folders from being classes."""
+    loose = [name for name in names if "/" not in name]
+    return loose if len(loose) < len(names) else []
+
+
+def _read_captions(root: Path, names: list[str], texts: dict[str, str], report: Report) -> dict[str, str]:
     """Return caption by picture name; lists of captions override the text files."""
     captions = {}
     for name in names:
-        text = PurePath(name).with_suffix(".txt").as_posix()
-        if text in texts:
+        text = texts.get(_stem(name))
+        if text is not None:
             lines = map(_one_line, _read_lines(root, text, report))
-            captions[name] = next(filter(None, lines), "")
+            caption = next(filter(None, lines), "")
+            if _is_text(caption):
+                captions[name] = caption
+            else:
+                report.add(FolderReason.UNREADABLE, text)
     known = set(names)
     for caption_list in CAPTION_LISTS:
         if not os.path.lexists(root / caption_list):
@@ -218,7 +240,10 @@ def _read_captions(root: Path, names: list[str], texts: set[str], report: Report
 
 
 def _read_lines(root: Path, name: str, report: Report) -> Iterator[str]:
-    """Yield the lines of a caption file; refuse links out of the folder, pipes, and endless lines."""
+    """Yield the lines of a caption file; refuse links out of the folder, pipes, and endless lines.
+
+    Bytes that are not UTF-8 become surrogates (`_is_text`), so that they cost their own line alone.
+    """
     path = root / name
     if not _is_inside(root, path):
         report.add(FolderReason.OUTSIDE, name)
@@ -227,7 +252,7 @@ def _read_lines(root: Path, name: str, report: Report) -> Iterator[str]:
         report.add(FolderReason.UNREADABLE, name)
         return
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             while line := file.readline(LONGEST_CAPTION):
                 yield line
     except OSError:
@@ -241,6 +266,8 @@ def _parse_caption(root: Path, known: set[str], line: str, place: str, report: R
         name, caption = row["file_name"], row["caption"] if "caption" in row else row["text"]
         if not (isinstance(name, str) and isinstance(caption, str)):
             raise TypeError
+        if not (_is_text(line) and _is_text(caption)):  # JSON can write half a surrogate pair
+            raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         report.add(FolderReason.UNREADABLE, place)
         return {}
@@ -260,6 +287,15 @@ def _is_inside(root: Path, path: Path) -> bool:
         return path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name too long, a zero byte
         return False
+
+
+def _is_text(text: str) -> bool:
+    """Whether `text` can be written in UTF-8: no surrogates, which stand for bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _one_line(text: str) -> str:

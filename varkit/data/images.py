@@ -29,6 +29,7 @@ MAX_BYTES_PER_PIXEL = 8
 ZOOM = 1.125
 # EPS runs an external interpreter on the file; the others are containers that Pillow names but cannot decode.
 NOT_DECODED = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+STRIP_PIXELS = 1 << 18  # converted at a time
 DEEP_GREY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -77,7 +78,7 @@ def open_image(
         image.load()
         if report is not None and _has_more_frames(image):
             report.add(Reason.ANIMATED, _name(source))
-        return np.array(_to_rgb(_upright(image)))
+        return _to_rgb(_upright(image))
 
 
 def open_alpha(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
@@ -88,7 +89,12 @@ def open_alpha(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
     with _opened(source, max_pixels) as image:
         image.load()
         upright = _upright(image)
-        return np.array(upright.convert("RGBA").getchannel("A")) if upright.has_transparency_data else None
+        if not upright.has_transparency_data:
+            return None
+        opaque = np.empty((upright.height, upright.width), np.uint8)
+        for rows, strip in _strips(upright):
+            opaque[rows] = np.asarray(strip.convert("RGBA").getchannel("A"))
+        return opaque
 
 
 def check_header(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> None:
@@ -205,27 +211,55 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Yield the picture in strips of whole rows, about `STRIP_PIXELS` each, and which rows they are.
+
+    A conversion goes through several copies of what it converts; of the largest pictures, whole ones are gigabytes.
+    """
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Return the pixels (H, W, 3) as uint8."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
     if image.mode in DEEP_GREY:
-        return Image.fromarray(_deep_grey_to_bytes(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        low, limit = _grey_range(image)
+        for rows, strip in _strips(image):
+            values = np.asarray(strip).astype(np.float64)  # every 32-bit integer is exact in it
+            pixels[rows] = np.rint((values - low) * 255 / limit).astype(np.uint8)[..., None]
+    else:
+        convert = _on_white if image.has_transparency_data else _without_alpha
+        for rows, strip in _strips(image):
+            pixels[rows] = np.asarray(convert(strip))
+    return pixels
+
+
+def _without_alpha(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _deep_grey_to_bytes(values: np.ndarray) -> np.ndarray:
-    """Scale deep greys (H, W) to uint8.
+def _on_white(image: Image.Image) -> Image.Image:
+    picture = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def _grey_range(image: Image.Image) -> tuple[float, float]:
+    """Return the deep grey that becomes 0, and how far above it 255 is.
 
     Integers are 16-bit (what Pillow makes of deep PNG, PGM and TIFF); floats run to 1, 255 or 65535,
     whichever holds them first; anything outside is stretched from its lowest to its highest value.
     """
-    limits = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
-    values = values.astype(np.float64)
-    low, high = float(values.min()), float(values.max())
+    ranges = []
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        ranges.append((values.min(), values.max()))
+    low, high = float(np.min(ranges)), float(np.max(ranges))  # NumPy's, which let NaN through
     if not np.isfinite([low, high]).all():
         raise ValueError("has values that are not finite")
-    limit = next((limit for limit in limits if low >= 0 and high <= limit), None)
-    if limit is None:
-        values, limit = values - low, max(high - low, 1.0)
-    return np.rint(values * 255 / limit).astype(np.uint8)
+    for limit in (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,):
+        if low >= 0 and high <= limit:
+            return 0.0, limit
+    return low, max(high - low, 1.0)
