@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests import text_models
 from tests.text_models import LONG, PROMPTS, SHORT, WIDTH
+from varkit.cli.generate import Generate
 from varkit.cli.main import main
 from varkit.errors import UserError
 from varkit.hub.embeddings import Embeddings, save_embeddings
@@ -30,7 +31,7 @@ def write(path: Path, **arrays: np.ndarray) -> Path:
     prompts = arrays.pop("prompts", None)
     metadata = {} if prompts is None else {"prompts": json.dumps([str(p) for p in prompts])}
     save_file(
-        {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
+        {name: torch.from_numpy(np.asarray(array, order="C")) for name, array in arrays.items()},
         path,
         metadata,
     )
@@ -91,6 +92,16 @@ WRONG: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "an empty prompt": ({"features": ONES[0], "lengths": np.array([3, 0])}, "one without a token"),
     "no prompt": ({"features": ONES[0, :0], "lengths": np.array([], np.int64)}, "no prompt"),
     "fewer prompts": ({"features": ONES, "mask": MASK, "prompts": np.array(["a"])}, "1 prompts and features of 2"),
+    "complex features": ({"features": ONES + 1j, "mask": MASK}, "features is complex64, not floating-point"),
+    "whole features": ({"features": MASK.astype(int), "lengths": np.array([2])}, "dtype of its features is int64"),
+    "complex lengths": ({"features": ONES[0], "lengths": np.array([3], np.complex64)}, "its lengths is complex64"),
+    "parts of a token": ({"features": ONES[0], "lengths": np.array([1.5, 1.5])}, "its lengths are no whole numbers"),
+    "lengths that wrap": ({"features": ONES[0], "lengths": np.array([2**62] * 3 + [2**62 + 3])}, r"lengths \(4,\)"),
+    "lengths without an axis": ({"features": ONES[0], "lengths": np.array(3)}, r"its lengths \(\)"),
+    "a mask without an axis": ({"features": ONES, "mask": np.array(1)}, r"its mask \(\)"),
+    "complex mask": ({"features": ONES, "mask": MASK * 1j}, "the dtype of its mask is complex64"),
+    "a mask to be added": ({"features": ONES, "mask": MASK * -np.inf}, "its mask has NaN or infinity"),
+    "features without an axis": ({"features": np.array(1.0), "mask": MASK}, r"its features are \(\)"),
 }  # fmt: skip
 
 
@@ -104,6 +115,87 @@ def test_files_of_another_layout(tmp_path: Path, suffix: str, name: str):
     assert "features (N, T, D) with mask (N, T), as varkit embed writes" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"features": np.array(["a", "b"]), "lengths": np.ones(2)}, "the dtype of its features is <U1"),
+        ({"features": ONES[0], "lengths": np.array(["3"])}, "the dtype of its lengths is <U1"),
+        ({"features": ONES, "mask": MASK.astype("S")}, r"the dtype of its mask is \|S"),
+        ({"features": ONES.astype("V4"), "mask": MASK}, r"its features is \|V4"),  # bfloat16, to NumPy
+        ({"features": ONES.astype(np.longdouble), "mask": MASK}, "its features is float128"),
+        ({"features": ONES, "mask": MASK, "prompts": np.array("ab")}, "its prompts are no list of texts"),
+        ({"features": ONES, "mask": MASK, "prompts": np.array([["a"], ["b"]])}, "no list of texts"),
+        ({"features": ONES, "mask": MASK, "prompts": np.array([b"a", b"b"])}, "no list of texts"),
+    ],
+)
+def test_arrays_of_another_kind(tmp_path: Path, arrays: dict[str, np.ndarray], says: str):
+    with pytest.raises(UserError, match=f"holds no embeddings: .*{says}"):
+        Embeddings.load(write(tmp_path / "wrong.npz", **arrays))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ("a, b", "its prompts are no JSON"),
+        ("[" * 100_000, "its prompts are no JSON"),
+        ("5", "its prompts are no list of texts"),
+        ("null", "its prompts are no list of texts"),
+        ('"ab"', "its prompts are no list of texts"),
+        ('{"a": 0, "b": 1}', "its prompts are no list of texts"),
+        ('["a", null]', "its prompts are no list of texts"),
+        ('[["a"], ["b"]]', "its prompts are no list of texts"),
+    ],
+)
+def test_metadata_of_another_kind(tmp_path: Path, prompts: str, says: str):
+    tensors = {"features": torch.ones(2, 3, 4), "mask": torch.ones(2, 3)}
+    save_file(tensors, tmp_path / "wrong.safetensors", {"prompts": prompts})
+    with pytest.raises(UserError, match=f"holds no embeddings: {says}"):
+        Embeddings.load(tmp_path / "wrong.safetensors")
+
+
+def test_prompts_among_the_tensors_are_not_read(tmp_path: Path):
+    tensors = {"features": torch.ones(2, 4), "lengths": torch.ones(2), "prompts": torch.ones(2, 7)}
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError, match="holds no embeddings: its prompts are no list of texts"):
+        Embeddings.load(tmp_path / "wrong.safetensors")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.bool, torch.uint8, torch.uint32]
+)
+def test_masks_and_lengths_of_any_dtype(tmp_path: Path, dtype: torch.dtype):
+    features, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [0, 1, 0]])
+    other = {"attention": torch.ones(3, dtype=torch.bfloat16)}  # what else lies there does not matter
+    save_file({"features": features, "mask": mask.to(dtype)} | other, tmp_path / "mask.safetensors")
+    padded = Embeddings.load(tmp_path / "mask.safetensors")
+    assert [padded.count(p) for p in padded.prompts] == [2, 1]
+    assert torch.equal(padded.encode("1"), features[1, 1:2])
+    lengths = torch.tensor([1, 1, 1] if dtype == torch.bool else [1, 3, 2]).to(dtype)
+    packed = features.flatten(0, 1)[: int(lengths.sum())]
+    save_file({"features": packed, "lengths": lengths}, tmp_path / "lengths.safetensors")
+    read = Embeddings.load(tmp_path / "lengths.safetensors")
+    assert [read.count(p) for p in read.prompts] == lengths.long().tolist()
+    assert torch.equal(torch.cat([read.encode(p) for p in read.prompts]), packed)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_prompt_there_twice_with_the_same_features_is_one(tmp_path: Path, suffix: str):
+    twice = {"features": ONES, "mask": MASK, "prompts": np.array(["a", "a"])}
+    read = Embeddings.load(write(tmp_path / f"twice{suffix}", **twice))
+    assert read.prompts == ["a"] and torch.equal(read.encode("a"), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_rows_of_one_prompt_that_differ(tmp_path: Path, suffix: str):
+    features = np.arange(12.0).reshape(3, 4)
+    prompts = np.array(["a", "b", "a"])
+    path = write(tmp_path / f"twice{suffix}", features=features, lengths=np.ones(3, int), prompts=prompts)
+    with pytest.raises(
+        UserError, match="has prompt 'a' in rows 0 and 2 with features that differ; keep one row"
+    ):
+        Embeddings.load(path)
+
+
 def test_files_that_are_something_else(tmp_path: Path):
     for suffix in SUFFIXES:
         (tmp_path / f"text{suffix}").write_text("a red circle")
@@ -114,6 +206,16 @@ def test_files_that_are_something_else(tmp_path: Path):
     np.savez(tmp_path / "code.npz", features=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError, match="holds more than plain arrays"):
         Embeddings.load(tmp_path / "code.npz")
+    np.savez_compressed(tmp_path / "packed.npz", features=np.random.default_rng(0).normal(size=(9, 9)))
+    packed = bytearray((tmp_path / "packed.npz").read_bytes())
+    packed[len(packed) // 3 : len(packed) // 2] = bytes(len(packed) // 2 - len(packed) // 3)
+    (tmp_path / "packed.npz").write_bytes(packed)
+    with pytest.raises(UserError, match="is damaged"):
+        Embeddings.load(tmp_path / "packed.npz")
+    with open(tmp_path / "single.npz", "wb") as file:
+        np.save(file, ONES)
+    with pytest.raises(UserError, match=r"holds more than plain arrays \(it is one array alone, an .npy\)"):
+        Embeddings.load(tmp_path / "single.npz")
     with pytest.raises(UserError, match="is no name for embeddings; it must end in .npz or .safetensors"):
         Embeddings.load(tmp_path / "features.pt")
 
@@ -184,6 +286,46 @@ def test_a_caption_is_enough(t5: Path, features_model: Path, prompts: list[str])
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
+def test_the_text_encoder_computes_in_the_dtype_of_the_command(
+    t5: Path, features_model: Path, prompts: list[str]
+):
+    model = ("--prompts", "prompts.txt", "--model", features_model)
+    for dtype in ("float32", "bfloat16"):
+        run("embed", "prompts.txt", "--text-encoder", t5, "--out", f"{dtype}.npz", "--dtype", dtype)
+    run("generate", *model, "--text-encoder", t5, "--out", "stored")
+    run("generate", *model, "--embeddings", "float32.npz", "--out", "float32")
+    assert drawn(Path("stored")) == drawn(Path("float32"))
+    cast = ("--dtype", "bfloat16")
+    run("generate", *model, *cast, "--text-encoder", t5, "--out", "words")
+    run("generate", *model, *cast, "--embeddings", "bfloat16.npz", "--out", "bfloat16")
+    run("generate", *model, *cast, "--embeddings", "float32.npz", "--out", "mixed")
+    assert drawn(Path("words")) == drawn(Path("bfloat16")) != drawn(Path("mixed"))
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "places"),
+    [
+        ({}, torch.float32, []),
+        ({"dtype": "bfloat16"}, torch.bfloat16, []),
+        ({"device": "cpu"}, torch.float32, ["cpu"]),
+        ({"device": "cpu", "dtype": "float16"}, torch.float16, ["cpu"]),
+    ],
+)
+def test_the_text_encoder_goes_where_the_command_says(
+    t5: Path,
+    features_model: Path,
+    monkeypatch,
+    options: dict[str, str],
+    dtype: torch.dtype,
+    places: list[str],
+):
+    moved: list[str] = []
+    monkeypatch.setattr(PretrainedEncoder, "to", lambda self, place: moved.append(str(place)) or self)
+    command = Generate(caption=SHORT, model=str(features_model), text_encoder=str(t5), **options)
+    source = command.opened().how.text
+    assert source is not None and source.encode(SHORT).dtype == dtype and moved == places
+
+
 def test_one_line_for_each_mistake(
     t5: Path, features_model: Path, prompts: list[str], capsys, tmp_path: Path
 ):
@@ -205,6 +347,10 @@ def test_one_line_for_each_mistake(
     assert "unknown prompt 'a red circle'" in fails(*model, "--embeddings", "wide.npz")
     write(tmp_path / "other.npz", features=ONES)
     assert "holds no embeddings" in fails(*model, "--embeddings", "other.npz")
+    write(tmp_path / "complex.npz", features=np.ones((2, 3, WIDTH), np.complex64), mask=MASK)
+    assert "holds no embeddings: the dtype of its features is complex64" in fails(
+        *model, "--embeddings", "complex.npz"
+    )
     write(
         tmp_path / "twice.npz",
         features=np.ones((2, 3, WIDTH), np.float32),

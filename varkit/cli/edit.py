@@ -101,7 +101,7 @@ class Edit(Words, Ordered):
 
         size, pipeline = parse_size(self.size), opened(self.model).to(find_device(self.device))
         prompt = self.caption if self.label is None else self.label
-        pipeline = self.with_words(self.in_order(pipeline.sized(size)))
+        pipeline = self.with_words(self.in_order(pipeline.sized(size)), device=self.device)
         if self.refine:
             return refine(pipeline, original, prompt, self.n, self.seed, **self.chosen())
         if size is not None:

@@ -17,7 +17,8 @@ class Words:
     """A text encoder, or a file of what one gave."""
 
     text_encoder: str | None = None
-    """For a model that takes features of words: a folder, or name on the Hugging Face hub, of a T5 or CLIP."""
+    """For a model that takes features of words: a folder, or name on the Hugging Face hub, of a T5 or CLIP. It computes
+    in the dtype and on the device that the command is given, else as it was saved and on the CPU."""
     embeddings: Path | None = None
     """In place of a text encoder: a file made by varkit embed. Where many prompts are drawn and none is given, all
     prompts in it are."""
@@ -33,15 +34,21 @@ class Words:
                 "--clean-prompts is for what a text encoder reads; give --text-encoder, or clean in varkit embed"
             )
 
-    def with_words(self, pipeline: "Pipeline") -> "Pipeline":
-        """The model, reading words as the options ask for."""
+    def with_words(self, pipeline: "Pipeline", dtype: str | None = None, device: str = "auto") -> "Pipeline":
+        """The model, reading words as the options ask for: a text encoder in the command's dtype and on its device.
+
+        Without a dtype it keeps the one it is stored in. With "auto" it stays on the CPU: its features are those of
+        varkit embed, and a GPU's memory is the model's.
+        """
         if self.embeddings is not None:
             return pipeline.with_text(self.stored)
         if self.text_encoder is None:
             return pipeline
+        from varkit.devices import AUTO, find_device
         from varkit.hub.text_encoders import PretrainedEncoder
 
-        return pipeline.with_text(PretrainedEncoder.load(self.text_encoder, clean=self.clean_prompts))
+        encoder = PretrainedEncoder.load(self.text_encoder, dtype, self.clean_prompts)
+        return pipeline.with_text(encoder if device == AUTO else encoder.to(find_device(device)))
 
     @cached_property
     def stored(self) -> "Embeddings":

@@ -81,7 +81,7 @@ class PretrainedEncoder:
         if not bool(features.isfinite().all()):
             raise UserError(
                 f"the features of {prompt[:60]!r} overflow {str(features.dtype).removeprefix('torch.')}; load the text "
-                "encoder in bfloat16 or float32"
+                "encoder in bfloat16 or float32 (--dtype, or that of varkit embed)"
             )
         return features.cpu()
 
