@@ -15,7 +15,7 @@ import pytest
 
 from varkit.cli import main as cli
 from varkit.cli.console import print_json, print_table, progress
-from varkit.cli.runner import run_guarded
+from varkit.cli.runner import BROKE, EXIT_CODES, INTERRUPTED, READER_LEFT, WRONG_INPUT, run_guarded
 from varkit.errors import UserError
 
 VARKIT = [sys.executable, "-m", "varkit"]
@@ -75,6 +75,15 @@ def test_every_command_is_listed_and_explains_itself(capsys: pytest.CaptureFixtu
         assert re.search(rf"^  {name} +\S", overview, re.MULTILINE), name
         assert cli.main([name, "--help"]) == 0
         assert f"usage: varkit {name}" in capsys.readouterr().out
+
+
+def test_exit_codes_are_told_where_users_read(capsys: pytest.CaptureFixture[str]) -> None:
+    told = dict(re.findall(r"(\d+) ([^,]+)", EXIT_CODES))
+    assert set(map(int, told)) == {0, BROKE, WRONG_INPUT, INTERRUPTED, READER_LEFT}
+    assert cli.main(["--help"]) == 0
+    readme = Path(__file__).parent.parent / "README.md"
+    for text in (capsys.readouterr().out, readme.read_text(encoding="utf-8")):
+        assert EXIT_CODES in " ".join(text.split())
 
 
 def test_version() -> None:

@@ -89,6 +89,20 @@ def test_guidance_at_a_layer_reaches_the_blocks(class_model: Path, capsys: pytes
     assert main(words) == 2 and "use -2 to -1" in capsys.readouterr().err
 
 
+def test_what_rises_or_is_a_list_is_not_for_a_layer(
+    class_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["generate", "--model", str(class_model), "--label", "1", "--guidance-layer", "-1"]
+    words += ["--out", str(tmp_path / "a.png")]
+    assert main([*words, "--guidance", "3", "--ramp", "on"]) == 2
+    said = capsys.readouterr().err
+    assert "guidance at a layer is one number, not one that rises; say --ramp off" in said and "(" not in said
+    assert main([*words, "--guidance", "3,2,1"]) == 2
+    said = capsys.readouterr().err
+    assert "guidance at a layer is one number, not one for each step; say e.g. --guidance 3" in said
+    assert main([*words, "--guidance", "3", "--ramp", "off"]) == 0
+
+
 # Steps of MAR
 
 
@@ -166,13 +180,18 @@ def test_a_batch_of_none_is_told():
 # Models by their names on the hub
 
 
-def test_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_names_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(tmp_path)
     assert all(map(is_repository, ("FoundationVision/var:d16", "someone/else", "a/b.c:d_e-1")))
     for name in ("scenes", "./a/b", "/a/b", "a/b/c", "a/b:", "a/b:c:d", "../a"):
         assert not is_repository(name), name
     (tmp_path / "runs").mkdir()
     assert not is_repository("runs/digits")  # a slip in a path asks no network
+    assert main(["generate", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "a folder of published files, or OWNER/NAME or OWNER/NAME:VARIANT on the Hugging Face hub" in told
 
 
 # What is no number

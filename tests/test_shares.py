@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from tests import models
 from tests.launch import launch
 from tests.models import CLASSES, tiny_pipeline
 from varkit.cli.generate import Generate
 from varkit.cli.main import main
+from varkit.cli.ray_data import movable
 from varkit.decode.state import State
 from varkit.generators.conditioning import ClassConfig
-from varkit.hub.pipeline import Pipeline
+from varkit.hub.pipeline import Pipeline, load
 from varkit.hub.prompts import Prompt
 
 class_model = models.class_model
@@ -118,7 +121,13 @@ def test_pictures_of_another_run_are_not_gone_on_with(
         assert f"({name} " in refused(capsys, class_model, prompts, out, *same, *options)
     assert "(prompts " in refused(capsys, class_model, others, out, *same)
     assert "(model " in refused(capsys, tmp_path / "retrained", prompts, out, *same)
-    generate(class_model, prompts, out, *same, "--resume", "--shard", "0/2")
+    with torch.no_grad():
+        for weight in (noisy := load(class_model)).generator.blocks.parameters():  # type: ignore[union-attr]
+            weight += 0.1 * torch.randn_like(weight)
+    noisy.save(tmp_path / "noisy")
+    for options in ((), ("--offload", "disk")):
+        assert "(model " in refused(capsys, tmp_path / "noisy", prompts, out, *same, *options)
+    generate(class_model, prompts, out, *same, "--resume", "--shard", "0/2", "--offload", "ram")
     generate(class_model, prompts, out, *same, "--resume", "--shard", "1/2")
     generate(class_model, prompts, tmp_path / "whole", *same)
     assert drawn(out) == drawn(tmp_path / "whole")
@@ -156,10 +165,51 @@ def test_a_run_that_was_interrupted_draws_only_what_is_missing(
     again.mkdir()
     names = sorted(whole)
     for name in names[:4]:
-        (again / name).write_bytes(b"a picture of mine")
+        Image.new("RGB", (6, 6)).save(again / name)
+    mine = drawn(again)
     generate(class_model, prompts, again, "--resume")
-    assert {name: drawn(again)[name] for name in names[4:]} == {name: whole[name] for name in names[4:]}
-    assert all(drawn(again)[name] == b"a picture of mine" for name in names[:4])
+    assert drawn(again) == whole | mine and len(mine) == 4
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_what_is_no_whole_picture_is_drawn_anew(class_model: Path, tmp_path: Path, suffix: str):
+    words = ["generate", "--model", str(class_model), "--label", "1", "--n", "5", "--resume", "--out"]
+    assert main([*words, str(tmp_path / f"a{suffix}")]) == 0
+    files = sorted(tmp_path.glob(f"*{suffix}"))
+    whole = [file.read_bytes() for file in files]
+    files[0].write_bytes(b"")
+    files[1].write_bytes(whole[1][: len(whole[1]) // 2])
+    files[2].write_bytes(whole[2][:-12])  # a PNG's last chunk
+    files[3].write_bytes(b"a picture of mine")
+    last = files[4].stat()
+    assert main([*words, str(tmp_path / f"a{suffix}")]) == 0
+    assert [file.read_bytes() for file in files] == whole
+    assert files[4].stat().st_ino == last.st_ino
+
+
+def test_strips_that_are_missing_are_drawn_beside_finished_pictures(
+    class_model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    generate(class_model, prompts, tmp_path / "whole", "--previews")
+    generate(class_model, prompts, tmp_path / "out")
+    kept = {path: path.stat().st_ino for path in (tmp_path / "out").glob("*.png")}
+    for said in (11, 0):
+        capsys.readouterr()
+        generate(class_model, prompts, tmp_path / "out", "--resume", "--previews")
+        assert capsys.readouterr().out.count("-previews.png\n") == said
+    assert drawn(tmp_path / "out") == drawn(tmp_path / "whole")
+    assert all(path.stat().st_ino == file for path, file in kept.items())
+
+
+def test_workers_open_the_model_that_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A bundled name is one whatever folders are here; paths become whole, since workers start elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "mine"):
+        Path(name).mkdir()
+    assert movable(Generate(model="digits")).model == "digits"
+    assert movable(Generate(model="./digits")).model == str(tmp_path / "digits")
+    moved = movable(Generate(model="mine", text_encoder="digits"))
+    assert (moved.model, moved.text_encoder) == (str(tmp_path / "mine"), str(tmp_path / "digits"))
 
 
 @pytest.mark.parametrize("shard", ["2/2", "0/0", "1", "-1/2", "a/b"])

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from varkit.cli.console import progress
 from varkit.cli.models import DEFAULT_MODEL, opened
-from varkit.cli.run_record import claim, model_digest, prompts_digest, settle
+from varkit.cli.run_record import claim, model_digest, prompts_digest, settle, words_digest
 from varkit.cli.sampling import Ordered, parse_size
 from varkit.cli.words import Words
 from varkit.errors import UserError
@@ -35,7 +35,8 @@ class Generate(Words, Ordered):
     caption: Positional[str | None] = None
     """What to draw, for a text model; the name of a class, for a class model."""
     model: str = DEFAULT_MODEL
-    """A bundled model, a saved folder, or a training's output folder."""
+    """A bundled model, a saved folder, a training's output folder, a folder of published files, or OWNER/NAME or
+    OWNER/NAME:VARIANT on the Hugging Face hub."""
     label: int | None = None
     """What to draw, for a class model: a label."""
     prompts: Path | None = None
@@ -56,7 +57,7 @@ class Generate(Words, Ordered):
     """I/N: draw only the pictures whose number leaves I when divided by N, so that N processes or machines share the
     work; the pictures are the same for any N."""
     resume: bool = False
-    """Leave pictures that are there as they are, and draw the others."""
+    """Leave whole pictures that are there as they are, and draw the others; with --previews also missing strips."""
     ray: str | None = None
     """Let Ray's workers draw, the same pictures: "local" starts some here, "auto" or an address joins a cluster."""
     grid: bool = False
@@ -111,7 +112,9 @@ class Generate(Words, Ordered):
             # A few pictures that cannot be shared out leave no file beside themselves.
             facts = self._facts(pipeline, prompts) if alike else {}
             claimed = claim(record, facts, targets, self.resume) if alike else None
-            left = [job for job in jobs[share] if not (self.resume and targets[job[0]].exists())]
+            finished = {i for i, _ in jobs[share] if self.resume and is_whole(targets[i])}
+            shown = {i for i in finished if not self.previews or is_whole(strip_targets[i])}
+            left = [job for job in jobs[share] if job[0] not in shown]
             for number, image, strip in self._drawn(pipeline, left, alike):
                 if claimed is not None:  # not before: what fails at the first picture leaves nothing
                     write_json(record, claimed)
@@ -119,7 +122,8 @@ class Generate(Words, Ordered):
                 if strip is not None:
                     save_picture(strip, strip_targets[number])
                 # At once: what is drawn is not lost when the rest is interrupted.
-                save_picture(image, targets[number])
+                if number not in finished:
+                    save_picture(image, targets[number])
             if alike and len(left) == len(jobs):
                 settle(record, facts)
             return
@@ -141,7 +145,8 @@ class Generate(Words, Ordered):
         """What the pictures' bytes depend on, on machines of one kind."""
         from varkit.hub.config import to_json
 
-        words = {name: getattr(self, name) for name in ("text_encoder", "embeddings")}
+        asked = prompts if self.negative is None else [*prompts, self.negative]
+        words = None if pipeline.how.text is None else words_digest(pipeline.how.text, asked)
         return {
             "model": model_digest(pipeline),
             "seed": self.seed,
@@ -150,7 +155,8 @@ class Generate(Words, Ordered):
             "negative": self.negative,
             "dtype": str(next(pipeline.generator.parameters()).dtype).removeprefix("torch."),
             "batch": self.batch,
-            **{name: Path(place).name if place else None for name, place in words.items()},
+            "text_encoder": words if self.text_encoder else None,
+            "embeddings": words if self.embeddings else None,
             "clean_prompts": self.clean_prompts,
             "tile": self.tile,
             "packed": self.packed,
@@ -170,7 +176,7 @@ class Generate(Words, Ordered):
             pipeline.tiled(self.tile)
         if self.packed:
             pipeline.packed()
-        return self.with_words(pipeline)
+        return self.with_words(pipeline, self.dtype, self.device)
 
     def _alike(self, count: int) -> bool:
         """Whether all batches of a run over `count` pictures have one size, since sums round differently in another.
@@ -276,6 +282,21 @@ def save_picture(image: "Image.Image", path: Path) -> None:
     with atomic_write(path) as part:
         image.save(part)
     print(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a picture to its end; one that was copied in part is not, nor an empty one."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            if picture.format == "PNG":  # it has check sums and an end, so it need not be decoded
+                picture.verify()
+            else:
+                picture.load()
+    except Exception:  # a damaged file raises whatever its reader stumbles over
+        return False
+    return True
 
 
 def is_file(out: Path) -> bool:

@@ -59,7 +59,7 @@ from inspect import getdoc
 from typing import Protocol
 
 from varkit import __version__
-from varkit.cli.runner import run_guarded
+from varkit.cli.runner import EXIT_CODES, run_guarded
 from varkit.errors import UserError, unknown_name
 
 COMMANDS: dict[str, str] = {
@@ -141,6 +141,7 @@ def _overview() -> str:
             *rows,
             "",
             "varkit COMMAND --help explains a command; --debug, anywhere, shows tracebacks; --version.",
+            f"exit codes: {EXIT_CODES}",
         ]
     )
 

@@ -74,8 +74,12 @@ class Worker:
 
 
 def movable(options: Generate) -> Generate:
-    """The options with paths that hold wherever a worker starts."""
+    """The options with paths that hold wherever a worker starts; a bundled model's name is none, whatever is here."""
+    from varkit.hub.pipeline import bundled
+
     named = {name: getattr(options, name) for name in ("model", "text_encoder", "embeddings")}
+    if options.model in bundled():
+        del named["model"]
     here = {name: Path(place).resolve() for name, place in named.items() if place and Path(place).exists()}
     return replace(options, **{name: type(named[name])(place) for name, place in here.items()})
 

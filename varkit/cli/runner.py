@@ -1,7 +1,5 @@
 """How a command ends: its exit code, and one line on stderr when something went wrong.
 
-    0 done   1 something broke   2 the input was wrong   130 Ctrl-C   141 the reader of stdout left
-
 A traceback is printed only with `--debug`.
 """
 
@@ -16,6 +14,8 @@ from varkit.errors import UserError
 from varkit.files import DISK_FULL
 
 BROKE, WRONG_INPUT, INTERRUPTED, READER_LEFT = 1, 2, 130, 141
+EXIT_CODES = "0 done, 1 something broke, 2 the input was wrong, 130 Ctrl-C, 141 the reader of stdout left"
+"""What users are told of them, in `varkit --help` and README."""
 
 PATH_PROBLEMS: dict[type[OSError], str] = {
     FileNotFoundError: "no such file or folder: {path!r}; check the path",

@@ -100,10 +100,10 @@ class GuidedLayer:
     guidance: Guidance
 
     def __post_init__(self) -> None:
-        if self.guidance.ramp or isinstance(self.guidance.scale, tuple):
-            raise UserError(
-                f"guidance at a layer is one number, not {self.guidance}; leave the ramp or the list out"
-            )
+        if self.guidance.ramp:
+            raise UserError("guidance at a layer is one number, not one that rises; say --ramp off")
+        if isinstance(self.guidance.scale, tuple):
+            raise UserError("guidance at a layer is one number, not one for each step; say e.g. --guidance 3")
 
     def __call__(self, h: Tensor, step: Step, prepared: Prepared) -> Tensor:
         """h (R x B, L, C) -> the same, equal in all branches."""
