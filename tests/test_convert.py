@@ -19,7 +19,7 @@ from varkit.generators.var import VARConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.hub import var
 from varkit.hub.pipeline import Pipeline, load
-from varkit.hub.published import pipeline_from_published, save_published
+from varkit.hub.published import pipeline_from_published, save_published, tokenizer_from_published
 from varkit.hub.published_var import SETTINGS
 from varkit.hub.states import build_empty
 from varkit.plans.schedule import Schedule
@@ -161,6 +161,29 @@ def test_half_a_model_and_two_of_a_kind(convert, published):
     assert "no checkpoint is given" in convert()
 
 
+def test_generators_of_two_families_are_no_shards_of_one(convert, published, tmp_path):
+    torch.save({"tok_embeddings.weight": torch.zeros(4, 4), "cls_embedding.x": torch.zeros(1)}, tmp_path / "gpt.pt")
+    line = convert(published / TOKENIZER, published / GENERATOR, tmp_path / "gpt.pt")
+    assert f"'{published / GENERATOR}' and '{tmp_path / 'gpt.pt'}' both hold a generator" in line
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapped_states_are_unwrapped(published, tmp_path, wrapper, prefix):
+    bare = {prefix + name: tensor for name, tensor in read(published / GENERATOR).items()}
+    torch.save({wrapper: bare, "epoch": 3}, tmp_path / "wrapped.pth")
+    found = pipeline_from_published([tmp_path / "wrapped.pth", published / TOKENIZER])
+    wanted = pipeline_from_published([published / GENERATOR, published / TOKENIZER])
+    assert same(found.generator.state_dict(), wanted.generator.state_dict())
+
+
+def test_a_tokenizer_is_read_alone(published):
+    found = tokenizer_from_published(published / TOKENIZER)
+    assert same(found.state_dict(), tiny_pipeline(ClassConfig(3)).tokenizer.state_dict())
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        tokenizer_from_published(published / GENERATOR)
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -184,7 +207,7 @@ def test_a_pair_that_does_not_belong_together(convert, published, tmp_path, chan
         (["x_embedder.proj.weight", "blocks.0.attn.qkv.weight"], "it looks like DiT"),
         (["quantize.embedding.weight", "encoder.down.0.block.0.conv1.weight"], "a single-scale VQGAN"),
         (["blocks.0.attention.qkv.weight", "conditioner.embed.weight"], "a part of a varkit folder"),
-        (["lm_head.weight"], "not a VAR checkpoint: it holds lm_head.weight"),
+        (["lm_head.weight"], "VAR: it holds lm_head.weight; give"),
     ],
 )
 @pytest.mark.parametrize("wrapper", [None, "model"])
@@ -265,7 +288,7 @@ def test_models_that_the_published_layout_cannot_express(convert, tmp_path):
     conv = replace(pipeline.configs["tokenizer"].conv, groups=4)
     pipeline.configs["tokenizer"] = replace(pipeline.configs["tokenizer"], conv=conv)
     pipeline.save(tmp_path / "model")
-    assert "groups of the tokenizer's convolutions is 4" in convert("--to", "published", tmp_path / "model")
+    assert "its tokenizer normalises 4 groups of channels" in convert("--to", "published", tmp_path / "model")
 
 
 # The Hugging Face hub

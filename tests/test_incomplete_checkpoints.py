@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,19 @@ def test_released_infinity_generators_want_tokens_of_16_pixels(
     assert "a token of 16 covers 4 pixels a side" in refused(root)
     with pytest.raises(UserError, match="covers 4 pixels"):
         save_published(pipeline, tmp_path / "saved")
+
+
+def test_the_other_tokenizer_of_32_bits_is_told_by_its_name():
+    published_infinity._check_variant(["infinity_2b_reg.pth", "infinity_vae_d32_reg.pth"])
+    published_infinity._check_variant(["infinity_2b_reg.pth", "mine.pth"])
+    with pytest.raises(UserError, match=r"'infinity_vae_d32.pth' .* give infinity_vae_d32reg.pth, or rename it"):
+        published_infinity._check_variant(["infinity_2b_reg.pth", "infinity_vae_d32.pth"])
+
+
+def test_a_small_head_of_mar_is_a_whole_one():
+    whole, _ = mar_state("base")
+    state = {n: t for n, t in whole.items() if not re.match(r"diffloss\.net\.res_blocks\.[345]", n)}
+    assert mar.generator_configs(state)[1].depth == 3
 
 
 def test_errors_of_pairs_name_a_tokenizer(tmp_path: Path):

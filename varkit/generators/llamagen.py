@@ -16,6 +16,7 @@ from varkit.errors import UserError, unknown_name
 from varkit.generators.base import Condition, Generator, Prepared, check_tokenizer, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, Conditioner
 from varkit.generators.prefix import PrefixCondition
+from varkit.generators.sizes import check_least, check_rates
 from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.attention import Window
@@ -61,10 +62,17 @@ class LlamaGenConfig:
     zero_prefix: bool = False
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "depth", "width", "heads", "vocab_size", "multiple_of")
+        check_least(self, 0, "hidden")
+        check_rates(self, "dropout", "drop_path")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise UserError(
                 f"width {self.width} over {self.heads} heads does not give a head width that is a multiple of 4, "
                 "which 2-D rotary positions need; change one of them"
+            )
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise UserError(
+                f"kv_heads is {self.kv_heads}; it must divide the {self.heads} heads, or be null for as many"
             )
 
     @classmethod
@@ -73,7 +81,8 @@ class LlamaGenConfig:
         if size not in SIZES:
             raise unknown_name("size", size, SIZES)
         depth, width, heads = SIZES[size]
-        told: dict[str, Any] = {"vocab_size": 16384, "condition": ClassConfig(1000), "zero_prefix": True}
+        told: dict[str, Any] = {"vocab_size": 16384, "condition": ClassConfig(1000)}
+        told |= {"zero_prefix": True, "dropout": 0.1}
         return cls(depth, width, heads, **(told | rest))
 
     @property

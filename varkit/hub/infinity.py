@@ -23,6 +23,7 @@ from varkit.hub.states import State, build_empty
 from varkit.hub.var import GENERATOR_RULES as VAR_RULES
 from varkit.hub.var import TOKENIZER_RULES as VAR_TOKENIZER_RULES
 from varkit.hub.var import conv_config
+from varkit.plans.ratios import SCHEDULES
 from varkit.plans.schedule import Side
 from varkit.tokenizers.bitwise import BitwiseConfig
 
@@ -70,9 +71,11 @@ def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
 
 
 def tokenizer_config(
-    state: Mapping[str, Tensor], schedule: tuple[Side, ...], patch: int = 1
+    state: Mapping[str, Tensor], schedule: tuple[Side, ...] = SCHEDULES[1.0], patch: int = 1
 ) -> BitwiseConfig:
-    """The configuration that a published tokenizer's shapes tell; they do not tell the schedule and the patch."""
+    """The configuration that a published tokenizer's shapes tell; they do not tell the schedule and the patch, by
+    default that of square pictures of 1M pixels, and none.
+    """
     weights = _plain(state)
     latents = entry(weights, "encoder.conv_out.weight", "Infinity tokenizer").shape[0]
     conv = conv_config(weights, latents, False, "Infinity tokenizer")

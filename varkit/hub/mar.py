@@ -63,6 +63,9 @@ GENERATOR_RULES = (
     Rule(r"(\.res_blocks\.\d+)\.modulation\.", r"\1.adaLN_modulation.1."),
 )
 
+SMALL_HEAD = 3
+"""Blocks of the head that the published code makes unless told otherwise, at any size."""
+
 Configs = tuple[MARConfig, DiffusionConfig]
 
 
@@ -112,9 +115,9 @@ def generator_configs(state: Mapping[str, Tensor], heads: int | None = None) -> 
     mlp_width = entry(state, "diffloss.net.input_proj.weight", "MAR generator").shape[0]
     blocks = grouped(state, r"diffloss\.net\.res_blocks\.(\d+)\.")
     heads_of = {mlp: depth for size, (depth, mlp) in HEADS.items() if SIZES[size][1] == width}
-    return generator, DiffusionConfig(
-        width, channels, mlp_width, check_depth("MAR generator's head", blocks, mlp_width, heads_of)
-    )
+    if blocks != SMALL_HEAD:
+        check_depth("MAR generator's head", blocks, mlp_width, heads_of)
+    return generator, DiffusionConfig(width, channels, mlp_width, blocks)
 
 
 def generator_from_published(state: Mapping[str, Tensor], configs: Configs) -> tuple[State, State]:

@@ -4,7 +4,7 @@ Which file is which is told by its keys, never by its name. On the way out every
 say is refused, by reading the configuration off the written shapes and comparing it with the model's own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,13 @@ from varkit.hub.folder import DTYPES
 from varkit.hub.pipeline import Pipeline
 from varkit.hub.released import expanded
 from varkit.hub.shards import check_complete, told_name
-from varkit.hub.states import State, read_checkpoint
+from varkit.hub.states import State, build_empty, load_state, read_checkpoint
+from varkit.tokenizers.base import Tokenizer
+from varkit.tokenizers.conv import ConvConfig
 
 WRAPPERS = ("state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+"""What data parallelism and the compiler put before every name."""
 
 OTHERS: dict[str, str] = {
     "x_embedder.": "DiT",
@@ -105,6 +109,14 @@ FAMILIES = {
 
 NAMES = ", ".join(sorted(FAMILIES))
 
+TOKENIZERS: dict[str, tuple[Callable[[State], Any], Callable[[State, Any], State]]] = {
+    "VAR": (var.tokenizer_config, var.tokenizer_from_published),
+    "LlamaGen": (llamagen.tokenizer_config, llamagen.tokenizer_from_published),
+    "Infinity": (infinity.tokenizer_config, infinity.tokenizer_from_published),
+    "MAR": (mar.tokenizer_config, mar.tokenizer_from_published),
+}
+"""By the family that a tokenizer's keys tell: its configuration from its shapes, and its tensors in our names."""
+
 
 def pipeline_from_published(paths: Sequence[StrPath], dtype: str | None = None) -> Pipeline:
     """The published tokenizer and generator in `paths`, in any order, or a trainer checkpoint of both.
@@ -126,14 +138,36 @@ def _read_pipeline(given: Sequence[StrPath], mapped: bool) -> Pipeline:
     return FAMILIES[family].read(states["generator"], states["tokenizer"], about)
 
 
+def tokenizer_from_published(path: StrPath) -> Tokenizer:
+    """A published tokenizer by itself, for those that no generator was released with (VQ-8, Infinity's d24 and d64).
+
+    What shapes do not tell is as in the family's released models: the schedule of the largest pictures, no patches.
+    Raises `UserError` where the file holds none.
+    """
+    family, states = _states_of(path, mapped=True)
+    if "tokenizer" not in states or family not in TOKENIZERS:
+        raise UserError(f"{str(path)!r} holds no tokenizer; give one of {', '.join(TOKENIZERS)}")
+    told, read = TOKENIZERS[family]
+    config = told(states["tokenizer"])
+    tokenizer = build_empty(config.build)
+    load_state(tokenizer, read(states["tokenizer"], config), "the tokenizer")
+    return tokenizer
+
+
 def save_published(pipeline: Pipeline, folder: StrPath) -> list[Path]:
     """Write the tokenizer and the generator as their family publishes them, into a new folder; returns both files.
 
     Raises `UserError` for a model that the published layout cannot express.
     """
     generator = pipeline.configs["generator"]
+    conv = getattr(pipeline.configs["tokenizer"], "conv", None)
     for family in FAMILIES.values():
         if isinstance(generator, family.config):
+            if conv is not None and conv.groups != ConvConfig.groups:
+                raise UserError(
+                    f"the published layout cannot express this model: its tokenizer normalises {conv.groups} groups of "
+                    f"channels, published ones {ConvConfig.groups}; keep the varkit folder"
+                )
             return _write(family.write(pipeline), folder)
     raise UserError(f"a {type(generator).__name__} has no published layout here; those of {NAMES} have")
 
@@ -153,8 +187,9 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
     for path in paths:
         family, found = _states_of(path, mapped)
         for what, state in found.items():
-            if what in states and not states[what].keys() & state.keys():
-                state = states[what] | state  # shards of one
+            shard = what in states and families[what] == family and not states[what].keys() & state.keys()
+            if shard:
+                state = states[what] | state
             elif what in states:
                 raise UserError(
                     f"{str(origin[what])!r} and {str(path)!r} both hold a {what}; give one of each"
@@ -164,7 +199,10 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
         if what not in states:
             given = ", ".join(repr(str(path)) for path in paths) or "nothing"
             example = getattr(FAMILIES[next(iter(families.values()), "VAR")], what)
-            raise UserError(f"no {what} is in {given}; give its file too, such as {example}")
+            alone = (
+                "" if what == "tokenizer" else ", or read the tokenizer alone in Python (docs/checkpoints.md)"
+            )
+            raise UserError(f"no {what} is in {given}; give its file too, such as {example}{alone}")
     if families["tokenizer"] not in (families["generator"], FAMILIES[families["generator"]].shares):
         raise UserError(
             f"the tokenizer is {families['tokenizer']}'s and the generator {families['generator']}'s; give the "
@@ -175,26 +213,41 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
 
 def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
     """The family of a file, and the parts in it."""
-    checkpoint: Mapping[str, Any] = read_checkpoint(path, mapped)
-    for name in ("MAR", "Infinity", "FlexVAR", "LlamaGen", "HMAR"):
-        if states := FAMILIES[name].states(checkpoint):
-            return name, _checked(states, path)
-    for wrapper in WRAPPERS:
-        inner = checkpoint.get(wrapper)
-        if isinstance(inner, Mapping):
-            checkpoint = inner
+    whole = read_checkpoint(path, mapped)
+    for checkpoint in _unwrapped(whole):
+        for name in ("MAR", "Infinity", "FlexVAR", "LlamaGen", "HMAR"):
+            if states := FAMILIES[name].states(checkpoint):
+                return name, _checked(states, path)
     for beginning, family in OTHERS.items():
         if any(str(key).startswith(beginning) for key in checkpoint):
             raise UserError(f"{str(path)!r} is no checkpoint of {NAMES}; it looks like {family}")
     if "quantize.embedding.weight" in checkpoint and not any("quant_resi" in str(key) for key in checkpoint):
         raise UserError(f"{str(path)!r} is not VAR's tokenizer; it looks like a single-scale VQGAN")
-    if states := FAMILIES["M-VAR"].states(checkpoint):
-        return "M-VAR", _checked(states, path)
-    try:
-        states = FAMILIES["VAR"].states(checkpoint)
-    except UserError as error:
-        raise UserError(f"{str(path)!r}: {error}") from error
-    return "VAR", _checked(states, path)
+    for name in ("M-VAR", "VAR"):
+        if states := FAMILIES[name].states(checkpoint):
+            return name, _checked(states, path)
+    held = ", ".join(list(checkpoint)[:5]) or "nothing"
+    raise UserError(
+        f"{str(path)!r} is no checkpoint of {NAMES}: it holds {held}; give a published file, or the state dict alone"
+    )
+
+
+def _unwrapped(checkpoint: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A checkpoint, then what is in its usual wrappers; without what wrapping modules put before all names."""
+    inner: Any = checkpoint
+    while isinstance(inner, Mapping):
+        checkpoint = _bare(inner)
+        yield checkpoint
+        inner = next(
+            (checkpoint[name] for name in WRAPPERS if isinstance(checkpoint.get(name), Mapping)), None
+        )
+
+
+def _bare(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    for prefix in PREFIXES:
+        if all(str(name).startswith(prefix) for name in checkpoint):
+            checkpoint = {str(name).removeprefix(prefix): entry for name, entry in checkpoint.items()}
+    return checkpoint
 
 
 def _checked(states: dict[str, State], path: StrPath) -> dict[str, State]:

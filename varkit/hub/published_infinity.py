@@ -51,6 +51,7 @@ def pipeline(
     generator: Mapping[str, Tensor], tokenizer: Mapping[str, Tensor], about: dict[str, Any]
 ) -> Pipeline:
     """The parts of a published generator and tokenizer."""
+    _check_variant(about["converted_from"])
     config, head = infinity.generator_configs(generator)
     plan = scales(1.0, _budget(config, about["converted_from"]))
     told = infinity.tokenizer_config(tokenizer, plan.schedule)
@@ -61,6 +62,17 @@ def pipeline(
     weights["tokenizer"] = infinity.tokenizer_from_published(tokenizer, told)
     patched = replace(SETTINGS, guidance=3.0, temperature=1.0)
     return assembled(configs, weights, SETTINGS if told.patch == 1 else patched, about)
+
+
+def _check_variant(names: Sequence[str]) -> None:
+    """Raise `UserError` for the other tokenizer of 32 bits than a generator's, by their names: shapes tell nothing."""
+    regular = [name for name in names if re.match(r"infinity_2b_reg\b", name)]
+    other = [name for name in names if re.match(r"infinity_vae_d32(?!_?reg)", name)]
+    if regular and other:
+        raise UserError(
+            f"the tokenizer {other[0]!r} is by its name not the one that {regular[0]!r} was trained with; give "
+            f"{TOKENIZERS[32]}, or rename it"
+        )
 
 
 def _budget(config: InfinityConfig, names: Sequence[str]) -> str:

@@ -82,11 +82,6 @@ def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
     else:
         marks = {"tokenizer": "quantize.embedding.weight", "generator": "pos_1LC"}
         found = {name: dict(checkpoint) for name, mark in marks.items() if mark in checkpoint}
-    if not found:
-        raise UserError(
-            f"not a VAR checkpoint: it holds {', '.join(list(checkpoint)[:5]) or 'nothing'}; expected a tokenizer "
-            "(quantize.embedding.weight ...), a generator (pos_1LC ...) or a trainer checkpoint of both"
-        )
     return found
 
 
