@@ -316,6 +316,11 @@ def test_statistics_equal_a_slow_count() -> None:
     assert statistics.perplexity(0) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
     assert 1 < statistics.perplexity() <= 8
     assert CodebookStatistics(10, schedule).perplexity() == 1
+    metrics = statistics.metrics()
+    assert list(metrics)[:2] == ["usage", "perplexity"]
+    for k in range(3):
+        own = {f"usage_{k}": statistics.usage(k), f"perplexity_{k}": statistics.perplexity(k)}
+        assert own.items() <= metrics.items()
 
 
 # Whole tokenizers

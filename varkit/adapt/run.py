@@ -124,6 +124,7 @@ def adapt(
     if request.lr is not None:
         train = replace(train, lr=request.lr)
     batch_size = request.batch or recipe.generator.batch_size
+    micro_batch = request.micro_batch(batch_size)
     start.to(request.place)
     parts = _parts(start, recipe)
     say = begin(root, request, resume, say)
@@ -142,7 +143,7 @@ def adapt(
     }
     task = method.task(
         Material(
-            parts, tokens, held_out, request.micro_batch(batch_size), settings, request.seed,
+            parts, tokens, held_out, micro_batch, settings, request.seed,
             recipe.generator.condition_drop, draw=lambda: sheet(start, prompts_for(start, recipe)), start=start,
         )
     )  # fmt: skip

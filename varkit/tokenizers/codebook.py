@@ -63,14 +63,15 @@ class Codebook(nn.Module):
 class CodebookKeeper:
     """Runs after each optimizer step: moving-average updates and the revival of codes that have died.
 
-    Make it before the optimizer. With `decay` each code becomes the moving average of the vectors it was
-    chosen for, and is no longer trained by gradients. With `patience`, a code that was not chosen for that
-    many steps in a row moves onto one of the current vectors, drawn with the given generator.
+    Make it after the codes have their first values, where averages begin, and before the optimizer. With
+    `decay` each code becomes the moving average of the vectors it was chosen for, and is no longer trained by
+    gradients. With `patience`, a code that was not chosen for that many steps in a row moves onto one of the
+    current vectors, drawn with the given generator.
     """
 
     def __init__(self, codebook: Codebook, decay: float | None = None, patience: int | None = None) -> None:
-        if decay is not None and not 0 <= decay < 1:
-            raise UserError(f"codebook decay {decay} is outside [0, 1); 0.99 is usual")
+        if decay is not None:
+            check_decay(decay)
         if patience is not None and patience < 1:
             raise UserError(f"codebook patience {patience} is below 1 step; 100 is usual")
         self.codebook, self.decay, self.patience = codebook, decay, patience
@@ -123,6 +124,12 @@ class CodebookKeeper:
             getattr(self, name).copy_(state[name])
 
 
+def check_decay(decay: float) -> None:
+    """Raise `UserError` for what is no decay of a moving average."""
+    if not 0 <= decay < 1:
+        raise UserError(f"codebook decay {decay} is outside [0, 1); 0.99 is usual")
+
+
 class CodebookStatistics:
     """How often each level chose each code; collapse at coarse levels, the usual failure, shows here."""
 
@@ -146,9 +153,11 @@ class CodebookStatistics:
         return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp().item()
 
     def metrics(self) -> dict[str, float]:
-        """Usage and perplexity of all levels, and the perplexity of each."""
-        levels = {f"perplexity_{k}": self.perplexity(k) for k in range(len(self.schedule))}
-        return {"usage": self.usage(), "perplexity": self.perplexity(), **levels}
+        """Usage and perplexity of all levels, and of each."""
+        metrics = {"usage": self.usage(), "perplexity": self.perplexity()}
+        for k in range(len(self.schedule)):
+            metrics |= {f"usage_{k}": self.usage(k), f"perplexity_{k}": self.perplexity(k)}
+        return metrics
 
     def _counts(self, level: int | None) -> Tensor:
         return (self.counts.sum(0) if level is None else self.counts[level]).double()

@@ -1,4 +1,6 @@
-"""Progress of a training on stderr: a bar with the time left on terminals, a line every ten seconds elsewhere."""
+"""Progress of a training, and of the encoding within it, on stderr: a bar with the time left on terminals, a line every
+ten seconds elsewhere.
+"""
 
 import sys
 import time
@@ -18,6 +20,10 @@ def say(line: str) -> None:
 class Progress:
     """`advance` after each step, `note` what is known, `say` a line; `quiet` drops all but the lines said."""
 
+    work, unit = "training", "step"
+    ends = True
+    """Whether the last line is printed however short the work was."""
+
     def __init__(self, total: int, quiet: bool = False) -> None:
         self.total, self.first, self.done = total, 0, 0
         self.notes: dict[str, str] = {}
@@ -25,7 +31,7 @@ class Progress:
         self.started = self.last_line = time.monotonic()
         self.bar: Any = None
         if not quiet and sys.stderr.isatty():
-            self.bar, self.row = _rich_bar(total)
+            self.bar, self.row = _rich_bar(self.work, total)
 
     def __enter__(self) -> "Progress":
         if self.bar:
@@ -37,7 +43,7 @@ class Progress:
     ) -> None:
         if self.bar:
             self.bar.stop()
-        elif not self.quiet and self.done > self.first:
+        elif self.ends and not self.quiet and self.done > self.first:
             self._line()
 
     def begin(self, step: int) -> None:
@@ -53,7 +59,11 @@ class Progress:
 
     def advance(self) -> None:
         """One step is done."""
-        self.done += 1
+        self.reach(self.done + 1)
+
+    def reach(self, done: int) -> None:
+        """So many are done."""
+        self.done = done
         if self.bar:
             self.bar.update(self.row, completed=self.done, note=self._noted())
         elif not self.quiet and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
@@ -73,10 +83,17 @@ class Progress:
         self.last_line = time.monotonic()
         per_step = (self.last_line - self.started) / max(1, self.done - self.first)
         left = timedelta(seconds=round(per_step * (self.total - self.done)))
-        self.say(f"step {self.done}/{self.total}  {self._noted()}  {left} left")
+        self.say(f"{self.unit} {self.done}/{self.total}  {self._noted()}  {left} left")
 
 
-def _rich_bar(total: int) -> tuple[Any, Any]:
+class Encoding(Progress):
+    """Of pictures that are encoded, where `reach` follows each batch. One that is over at once says nothing."""
+
+    work, unit = "encoding", "encoded"
+    ends = False
+
+
+def _rich_bar(work: str, total: int) -> tuple[Any, Any]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -88,7 +105,7 @@ def _rich_bar(total: int) -> tuple[Any, Any]:
     from rich.progress import Progress as RichProgress
 
     bar = RichProgress(
-        TextColumn("training"),
+        TextColumn(work),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -97,4 +114,4 @@ def _rich_bar(total: int) -> tuple[Any, Any]:
         TextColumn("{task.fields[note]}", markup=False),
         console=Console(stderr=True),
     )
-    return bar, bar.add_task("training", total=total, note="")
+    return bar, bar.add_task(work, total=total, note="")

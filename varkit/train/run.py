@@ -4,10 +4,10 @@ RUN/request.json   what was asked for          RUN/tokenizer/, RUN/decoder/, RUN
 RUN/tokens/        pictures encoded once       RUN/model/                       the finished pipeline
 """
 
-import json
-import math
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from PIL import Image
 from torch import nn
 
 from varkit.data.base import Dataset
-from varkit.devices import AUTO, find_device
 from varkit.errors import UserError
 from varkit.files import StrPath, write_json
+from varkit.generators.conditioning import ClassConfig
 from varkit.hub.config import to_json
-from varkit.hub.folder import load_parts
 from varkit.hub.pipeline import Pipeline
-from varkit.hub.states import check_state
 from varkit.pictures import grid
 from varkit.ranks import current
 from varkit.tokenizers.base import Tokenizer
@@ -33,86 +31,18 @@ from varkit.train.generator_task import Forced, NextStepTask, drawing
 from varkit.train.lessons import Lessons, WholePlan
 from varkit.train.loop import Result, load_run, recorded_steps, steps_for, train
 from varkit.train.map_task import MapTask
+from varkit.train.progress import Encoding
 from varkit.train.progressive import Progressive
 from varkit.train.recipes import Recipe
+from varkit.train.request import Request, check_run
+from varkit.train.runs import remove_leftovers
+from varkit.train.starting import begin_with, check_training, configurations, given_tokenizer
 from varkit.train.task import Task, TrainConfig
 from varkit.train.tokenizer_task import DecoderTask, ReconstructionTask
 from varkit.train.tokens import Tokens, encode, no_more_than_seen
 
 Say = Callable[[str], None]
 HELD_OUT = 512
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asked for. minutes and steps replace the recipe's; tokenizer is a folder with a trained one.
-
-    compile: compile blocks and losses first, which pays off in longer trainings. accumulation: micro-batches that each
-    batch is split into; several processes share them. shard: processes hold one copy of the generator together. start:
-    the folder of a trained model whose tokenizer is used and whose generator and heads are trained further. device: as
-    `varkit.devices.find_device` knows it. system: what the recipe is made into, if not left as it is.
-    """
-
-    recipe: str
-    minutes: float | None = None
-    steps: int | None = None
-    tokenizer: str | None = None
-    seed: int = 0
-    compile: bool = False
-    accumulation: int = 1
-    shard: bool = False
-    start: str | None = None
-    device: str = "cpu"
-    system: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.minutes is not None and self.steps is not None:
-            raise UserError(
-                f"both --minutes {self.minutes} and --steps {self.steps} were given; give one of them"
-            )
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise UserError(
-                f"--minutes {self.minutes} is not a number above 0; say how long to train, e.g. --minutes 10"
-            )
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps {self.steps} is below 1; train for at least 1 step")
-        if self.start is not None and self.tokenizer is not None:
-            raise UserError(
-                f"both --from {self.start} and --tokenizer {self.tokenizer} were given; --from brings its own tokenizer"
-            )
-        if self.accumulation < 1:
-            raise UserError(f"--accumulation is {self.accumulation}; it must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed} is out of range; use an integer from 0 to 2^63 - 1")
-
-    def apply(self, config: TrainConfig, share: float) -> TrainConfig:
-        """A stage's settings, with its share of the minutes."""
-        if self.steps is not None:
-            config = replace(config, steps=self.steps, minutes=None)
-        elif self.minutes is not None:
-            config = replace(config, steps=None, minutes=self.minutes * share)
-        return replace(config, seed=self.seed, compile=self.compile, accumulation=self.accumulation)
-
-    @property
-    def place(self) -> torch.device:
-        """The device. Raises `UserError` for one that is not there, or for several processes beside a CPU."""
-        if current().world > 1 and self.device == AUTO:
-            return torch.device("cpu")
-        device = find_device(self.device)
-        if current().world > 1 and device.type != "cpu":
-            raise UserError(
-                f"several processes train on CPUs, not on {self.device!r}; use --device cpu, or one process"
-            )
-        return device
-
-    def micro_batch(self, batch_size: int) -> int:
-        """Pictures of a micro-batch."""
-        if batch_size % self.accumulation:
-            raise UserError(
-                f"a batch of {batch_size} cannot be split into {self.accumulation}; use an --accumulation that "
-                f"divides {batch_size}"
-            )
-        return batch_size // self.accumulation
 
 
 def train_recipe(
@@ -124,10 +54,11 @@ def train_recipe(
     root = Path(out)
     if current().first:
         check_run(root, request, resume)
-    trained = request.tokenizer or request.start
-    given = _given_tokenizer(trained, type(recipe.tokenizer.config)) if trained else None
-    if isinstance(given, nn.Module):
-        given.to(request.place)
+    place = request.place
+    given = given_tokenizer(request, type(recipe.tokenizer.config))
+    check_training(request, recipe, given)
+    if given is not None:
+        given.to(place)
     say = begin(root, request, resume, say)
     share = 0.0 if given or recipe.tokenizer.train is None else recipe.tokenizer.share
     tokenizer = given or _train_tokenizer(request, recipe, dataset, root, share, say)
@@ -144,11 +75,15 @@ def train_recipe(
 
 
 def begin(root: Path, request: Request, resume: bool, say: Say) -> Say:
-    """Write down what is asked for in a checked folder, and seed torch. Returns what this process says."""
+    """Write down what is asked for in a checked folder, less what was left half-written there, and seed torch. Returns
+    what this process says.
+    """
     ranks = current()
-    if ranks.first and not resume:
+    if ranks.first:
         root.mkdir(parents=True, exist_ok=True)
-        write_json(root / "request.json", asdict(request))
+        remove_leftovers(root, *(path for path in root.iterdir() if path.is_dir()))
+        if not resume:
+            write_json(root / "request.json", asdict(request))
     torch.manual_seed(request.seed)
     return say if ranks.first else _silent
 
@@ -167,8 +102,24 @@ def finish(
     if current().first:
         pipeline.save(root / "model", replace=True)
     current().wait()
-    say(f"the model is in {root}; try: varkit generate --model {root}")
+    wanted = example(pipeline.condition, recipe.prompts)
+    say(f"the model is in {root}; try: varkit generate {wanted} --model {shlex.quote(str(root))}")
     return root / "model"
+
+
+def example(condition: Any, prompts: Sequence[str | int]) -> str:
+    """What `varkit generate` may be asked for, as a shell takes it: the first of the prompts that a model with such a
+    condition knows, else its first class or word.
+    """
+    if isinstance(condition, ClassConfig):
+        known = [p for p in prompts if isinstance(p, int) and 0 <= p < condition.classes]
+        return f"--label {known[0] if known else 0}"
+    words = ["a picture"] if isinstance(condition.vocabulary, str) else list(condition.vocabulary)
+    for prompt in [" ".join(p.split()) for p in prompts if isinstance(p, str) and p.strip()]:
+        with suppress(UserError):
+            condition.encode([prompt])
+            return shlex.quote(prompt)
+    return shlex.quote(words[0])
 
 
 def _silent(text: str) -> None:
@@ -192,68 +143,10 @@ def _encoded(tokenizer: Tokenizer, dataset: Dataset, count: int, folder: Path) -
     """Encode once, by the first process, and read by all."""
     ranks = current()
     if ranks.first:
-        encode(tokenizer, dataset, count, folder)
+        with Encoding(count, quiet=folder.exists()) as progress:
+            encode(tokenizer, dataset, count, folder, progress=lambda done, total: progress.reach(done))
     ranks.wait()
     return Tokens.load(folder)
-
-
-def check_run(out: StrPath, request: Request, resume: bool) -> None:
-    """Raise `UserError` unless `out` is new or empty, or, with `resume`, was begun with the same request."""
-    root = Path(out)
-    if resume:
-        # A setting that came later than the run had its default then.
-        before = asdict(type(request)(request.recipe)) | _begun_with(root)
-        asked = asdict(request)
-        changed = [
-            f"{k} (was {before.get(k)!r}, now {v!r})"
-            for k, v in asked.items()
-            if k not in ("steps", "shard", "device") and before.get(k) != v
-        ]
-        if changed:
-            raise UserError(
-                f"the training in {str(root)!r} was started with other settings: {', '.join(changed)}; "
-                "resume with those"
-            )
-        return
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{str(root)!r} is not an empty folder; choose another --out, or go on with --resume")
-
-
-def _begun_with(root: Path) -> dict[str, Any]:
-    record = root / "request.json"
-    if not record.is_file():
-        raise UserError(f"{str(root)!r} is not a training's folder; leave --resume out to start there")
-    try:
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{str(record)!r} is damaged ({error}); start a new training") from error
-
-
-def _given_tokenizer(folder: str, kind: type) -> Tokenizer:
-    """The tokenizer in a trained model's folder; its configuration must be a `kind`."""
-    tokenizer = _trained_parts(folder).get("tokenizer")
-    if not isinstance(getattr(tokenizer, "config", None), kind):
-        wanted = kind.__name__.removesuffix("Config")
-        raise UserError(
-            f"the folder {folder!r} has no {wanted} tokenizer, which the recipe needs; give that of a model with one"
-        )
-    return tokenizer  # type: ignore[return-value]
-
-
-def _trained_parts(folder: str) -> dict[str, Any]:
-    """The parts in a trained model's folder, by name."""
-    root = Path(folder)
-    return load_parts(root / "model" if (root / "model").is_dir() else root).built
-
-
-def _begin_with(pipeline: Pipeline, folder: str) -> None:
-    """Give the generator and heads the weights of a trained model's, which must have the same parameters."""
-    trained = _trained_parts(folder)
-    for name, part in pipeline.parts.items():
-        if isinstance(part, nn.Module) and name != "tokenizer":
-            state = trained[name].state_dict() if name in trained else {}
-            check_state(part.state_dict(), state, f"the {name} of {folder!r}")
-            part.load_state_dict(state)
 
 
 def _train_tokenizer(
@@ -301,7 +194,7 @@ def _train_generator(
     say: Say,
 ) -> tuple[Pipeline, Result]:
     part = recipe.generator
-    configs = part.config.fitted(tokenizer.config) | dict(part.parts)  # type: ignore[arg-type]
+    configs = configurations(part, tokenizer.config)  # type: ignore[arg-type]
 
     def assembled() -> Pipeline:
         torch.manual_seed(request.seed + 1)
@@ -310,7 +203,7 @@ def _train_generator(
 
     pipeline = assembled()
     if request.start is not None:
-        _begin_with(pipeline, request.start)
+        begin_with(pipeline, request.start)
     lessons = part.teach(tokenizer, pipeline.model.plan)
     task = _task(request, recipe, pipeline, (tokens, held_out), lessons, part.batch_size)
     say("training the generator")

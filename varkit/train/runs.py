@@ -50,14 +50,14 @@ class Run:
 
     def __init__(self, path: StrPath) -> None:
         self.path = Path(path).expanduser()
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
         self.log_file = self.path / "log.jsonl"
 
     @classmethod
     def create(cls, path: StrPath) -> "Run":
         """A new run; a folder with anything in it is refused."""
         run = cls(path)
-        if run.path.is_dir() and any(not p.name.startswith(".part-") for p in run.path.iterdir()):
+        if run.path.is_dir() and any(not is_partial(p) for p in run.path.iterdir()):
             raise UserError(
                 f"the folder {str(path)!r} already has files in it; continue that run with --resume, or choose "
                 "a new folder"
@@ -100,12 +100,13 @@ class Run:
             raise
 
     def rewind(self, step: int) -> None:
-        """Drop whatever is later than `step`: log lines, and checkpoints that turned out to be damaged."""
+        """Drop whatever is later than `step`: log lines, and checkpoints that turned out to be damaged; and what a
+        process killed outright left half-written.
+        """
         for path in self._saved():
             if _step_of(path) > step:
                 shutil.rmtree(path)
-        for leftover in [*self.checkpoints.glob(".part-*"), *self.checkpoints.glob(".old-*")]:
-            shutil.rmtree(leftover)
+        remove_leftovers(self.path, self.checkpoints, self.samples)
         lines = self.log_file.read_text(encoding="utf-8").splitlines() if self.log_file.exists() else []
         kept = [line for line in lines if _logged_step(line) <= step]
         with atomic_write(self.log_file) as part:
@@ -113,7 +114,7 @@ class Run:
 
     def save_sample(self, step: int, picture: "Image.Image") -> None:
         """Keep a picture as samples/step-N.png."""
-        with atomic_write(self.path / "samples" / f"step-{step:06d}.png") as part:
+        with atomic_write(self.samples / f"step-{step:06d}.png") as part:
             picture.save(part)
 
     def save(self, step: int, checkpoint: Checkpoint, holders: Ranks = ALONE) -> None:
@@ -173,6 +174,20 @@ class Run:
     def _saved(self) -> list[Path]:
         """Checkpoints, newest first."""
         return sorted(self.checkpoints.glob("step-*"), key=_step_of, reverse=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a process was killed outright while it wrote this file or folder (`varkit.files`)."""
+    return path.name.startswith(".part-")
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what processes killed outright left in the folders themselves: half-written, or moved aside."""
+    for path in [p for folder in folders for pattern in (".part-*", ".old-*") for p in folder.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _write(part: Path, name: str, tensors: dict[str, Tensor], holders: Ranks) -> None:

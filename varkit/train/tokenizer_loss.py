@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from varkit.errors import UserError
 from varkit.evaluate.reconstruction import psnr
+from varkit.tokenizers.codebook import check_decay
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """(reconstruction, images), both (B, 3, H, W) -> a distance, any shape; its mean is used."""
@@ -53,6 +54,21 @@ class TokenizerLossConfig:
                 f"discriminator_channels {self.discriminator_channels} and discriminator_layers "
                 f"{self.discriminator_layers} must both be at least 1; 64 and 3 are usual"
             )
+
+
+@dataclass(frozen=True)
+class MovingCodesConfig(TokenizerLossConfig):
+    """The same for a codebook whose codes are the moving average of the vectors they were chosen for (VQ-VAE, arXiv
+    1711.00937, appendix A.1) and get no gradient: `vq` weighs what pulls vectors towards them alone.
+
+    A kind of its own, since every field of a recipe is part of the address of a model that an experiment has trained.
+    """
+
+    codebook_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay(self.codebook_decay)
 
 
 class PatchDiscriminator(nn.Sequential):

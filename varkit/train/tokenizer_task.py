@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from varkit.data.base import Dataset
 from varkit.devices import device_of
+from varkit.errors import UserError
 from varkit.evaluate.reconstruction import psnr
 from varkit.pictures import grid, to_pil, to_tensor
 from varkit.tokenizers.codebook import CodebookKeeper
 from varkit.tokenizers.kl import KL
 from varkit.tokenizers.residual import QuantizedTokenizer
 from varkit.train.task import Phase, Task
-from varkit.train.tokenizer_loss import TokenizerLoss, TokenizerLossConfig
+from varkit.train.tokenizer_loss import MovingCodesConfig, TokenizerLoss, TokenizerLossConfig
 
 ADVERSARIAL_BETAS = (0.5, 0.9)
 """AdamW's moments when a critic plays along (vaex); without one the run's own are used."""
@@ -25,25 +26,18 @@ ADVERSARIAL_BETAS = (0.5, 0.9)
 class ReconstructionTask(Task):
     """Train `tokenizer` on `dataset` in batches of `batch_size`; validation on the held-out part (first 256 items).
 
-    Codes, if there are any, that are unused for `patience` steps move onto current residuals, until `revive_until`.
+    Codes, if there are any, that are unused for `patience` steps move onto current residuals. With a loss of the kind
+    `MovingCodesConfig` the others are moving averages; `UserError` for a tokenizer without codes.
     """
 
     def __init__(
         self, tokenizer: QuantizedTokenizer | KL, dataset: Dataset, loss: TokenizerLossConfig, batch_size: int,
-        recipe: dict, seed: int = 0, patience: int = 100, revive_until: int = 2**62,
+        recipe: dict, seed: int = 0, patience: int = 100,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.batch_size, self.seed, self.revive_until = (
-            tokenizer,
-            batch_size,
-            seed,
-            revive_until,
-        )
-        self.recipe = recipe
+        self.tokenizer, self.batch_size, self.seed, self.recipe = tokenizer, batch_size, seed, recipe
         self.train, self.held_out = dataset.split("train"), dataset.split("validation")
         self.losses = TokenizerLoss(loss)
         self.quantizer = tokenizer.quantizer if isinstance(tokenizer, QuantizedTokenizer) else None
-        codes = None if self.quantizer is None else self.quantizer.embedding
-        self.keeper = None if codes is None else CodebookKeeper(codes, patience=patience)
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
         self.phases: tuple[Phase, ...] = (Phase("tokenizer", ("tokenizer",)),)
         if self.losses.discriminator is not None:
@@ -56,6 +50,14 @@ class ReconstructionTask(Task):
         if isinstance(tokenizer, QuantizedTokenizer):
             first = self.batch(0, 0).to(device_of(tokenizer))
             tokenizer.initialize_codebook(first, torch.Generator().manual_seed(seed))
+        codes = None if self.quantizer is None else self.quantizer.embedding
+        decay = loss.codebook_decay if isinstance(loss, MovingCodesConfig) else None
+        if codes is None and decay is not None:
+            raise UserError(
+                f"codebook_decay {decay} averages codes, and {type(tokenizer).__name__} has none; use "
+                "TokenizerLossConfig"
+            )
+        self.keeper = None if codes is None else CodebookKeeper(codes, decay, patience)
 
     @property
     def side(self) -> tuple[int, int]:
@@ -81,8 +83,8 @@ class ReconstructionTask(Task):
         return ".quantizer." in name or name.startswith("discriminator.")
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Move dead codes; their number is logged."""
-        if self.quantizer is None or self.keeper is None or step >= self.revive_until:
+        """Average and move codes; the number of dead ones that moved is logged."""
+        if self.quantizer is None or self.keeper is None:
             return {}
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         chosen = self._outputs[self.quantizer.latent]

@@ -4,7 +4,9 @@ Encoding costs a good part of a training step, so a run encodes its data set (or
 into its folder; a resumed run finds it there. Legend: N items, L positions.
 """
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ Progress = Callable[[int, int], None]
 LABELS = "labels"
 CHUNK = 64
 """Pictures encoded at a time."""
+
+CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that do not know how to reserve space."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,8 @@ def encode(
             for name, t in tokenizer.training_latents(to_tensor(batch.images).to(device)).items():
                 values = (t.int() if t.dtype == torch.int64 else t).cpu().numpy()
                 if name not in files:
-                    files[name] = np.lib.format.open_memmap(
-                        temporary / f"{name}.npy", "w+", values.dtype, (count, *values.shape[1:])
-                    )
+                    shape = (count, *values.shape[1:])
+                    files[name] = _on_disk(temporary / f"{name}.npy", values.dtype, shape)
                 files[name][numbers] = values
             if batch.labels is not None:
                 labels.append(batch.labels)
@@ -111,3 +115,20 @@ def encode(
         if captions:
             (temporary / "captions.json").write_text(json.dumps(captions))
     return Tokens.load(folder)
+
+
+def _on_disk(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A new array of zeros, mapped, whose place on disk is its own: where a map has none, writing to it on a full disk
+    ends the process by SIGBUS. Raises `OSError` for a disk without so much space.
+    """
+    values = np.lib.format.open_memmap(file, "w+", dtype, shape)
+    with open(file, "rb+") as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, values.offset + values.nbytes)
+        except (AttributeError, OSError) as error:  # the platform, or the file system, does not know how
+            if isinstance(error, OSError) and error.errno not in CANNOT_RESERVE:
+                raise
+            handle.seek(values.offset)
+            for row in values:
+                handle.write(row.tobytes())
+    return values
