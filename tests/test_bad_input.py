@@ -16,6 +16,7 @@ from tests.failing import Fails, contents
 from tests.launch import start, wait_until
 from varkit.cli.main import main
 from varkit.generators.text import TextConfig
+from varkit.hub.pipeline import WEIGHTS
 
 class_model, text_model = models.class_model, models.text_model
 here, fails = failing.here, failing.fails
@@ -67,7 +68,10 @@ def test_prompts_that_a_class_model_does_not_know(
     [
         (["--seed", "-1"], "seed -1 is out of range; use an integer from 0"),
         (["--seed", str(2**63)], "is out of range"),
-        (["--n", "0"], "--n is 0; ask for at least 1 picture"),
+        (["--n", "0"], "--n is 0; ask for 1 to 1000000 pictures"),
+        (["--n", "1000000000"], "--n is 1000000000; ask for 1 to 1000000 pictures"),
+        (["--out", "owls.gif"], "'owls.gif' does not end as a picture does; end it in one of .png, .jpg"),
+        (["--out", "o" * 300 + ".png"], "file name too long"),
         (["--n", "-2"], "--n is -2"),
         (["--n", "many"], "--n"),
         (["--size", "64"], "--size '64' is not HEIGHTxWIDTH"),
@@ -160,6 +164,20 @@ def test_places_where_nothing_can_be_written(fails: Fails, here: Path, class_mod
     assert "cannot write" in fails("convert", "x.pth", "--out", place)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--out", "y.xyz"], "'y.xyz' does not end as a picture does; end it in one of .png"),
+        (["--out", "y"], "'y' does not end as a picture does"),
+        (["--out", "folder.png"], "'folder.png' is a folder; choose another --out"),
+        (["--n", "0"], "--n is 0; ask for 1 to 1000000 pictures"),
+    ],
+)
+def test_edits_that_could_not_be_written(fails: Fails, here: Path, given: list[str], says: str) -> None:
+    (here / "folder.png").mkdir()
+    assert says in fails("edit", "mine.png", "--box", "0", "0", "1", "0.5", *given)
+
+
 def test_pictures_never_replace_folders(fails: Fails, here: Path, class_model: Path) -> None:
     (here / "a.png").mkdir()
     line = fails("generate", "--label", 1, "--model", class_model, "--out", "a.png")
@@ -186,10 +204,24 @@ def test_pictures_never_replace_folders(fails: Fails, here: Path, class_model: P
         (["digits", "--steps", "many"], "--steps"),
         (["digits", "--seed", "-1"], "--seed -1 is out of range"),
         (["digits", "--tokenizer", "nowhere"], "there is no folder 'nowhere'"),
+        (["digits", "--from", "nowhere"], "there is no folder 'nowhere'"),
+        (["digits", "--accumulation", "3"], "a batch of 32 cannot be split into 3"),
+        (
+            ["digits", "--tokenizer", WEIGHTS / "digits", "--accumulation", "5"],
+            "a batch of 64 cannot be split",
+        ),
+        (["digits", "--device", "cuda:99"], "--device 'cuda:99' is not on this machine"),
+        (["digits-raster", "--from", WEIGHTS / "digits"], "has no VQ tokenizer, which the recipe needs"),
+        (["digit-scales", "--from", WEIGHTS / "digits"], "does not fit its configuration"),
+        (
+            ["markov-digits", "--from", WEIGHTS / "digits", "--steps", "1"],
+            f"the recipe 'markov-digits' is made for scales of 1, 2, 3, 4, 6, 8, and the tokenizer of "
+            f"'{WEIGHTS / 'digits'}' has 1, 2, 3, 4; give --from a model with the recipe's, or take another recipe",
+        ),
         (["digits", "--resume"], "'run' is not a training's folder; leave --resume out"),
     ],
 )
-def test_trainings_that_cannot_begin(fails: Fails, here: Path, given: list[str], says: str) -> None:
+def test_trainings_that_cannot_begin(fails: Fails, here: Path, given: list[str | Path], says: str) -> None:
     (here / "pictures").mkdir()
     (here / "pictures" / "notes.txt").write_text("no picture")
     assert says in fails("train", *given, "--out", "run")

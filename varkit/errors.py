@@ -20,7 +20,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
         options = "known: " + ", ".join(names)
     else:
         options = f"known: {', '.join(names[:8])}, ... ({len(names)} in all)"
-    return UserError(f"unknown {kind} {name!r}; {options}" + (f" {hint}" if hint else ""))
+    aside = hint.startswith("(") or options.endswith("?")
+    return UserError(
+        f"unknown {kind} {name!r}; {options}" + (f"{'' if aside else '.'} {hint}" if hint else "")
+    )
 
 
 def no_numbers(what: str) -> UserError:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from varkit.cli.generate import save_picture
+from varkit.cli.generate import MOST, check_picture_name, save_picture
 from varkit.cli.models import DEFAULT_MODEL, opened
 from varkit.cli.sampling import Ordered, parse_size
 from varkit.cli.words import Words
@@ -69,16 +69,19 @@ class Edit(Words, Ordered):
         self.check_order(self.size)
         if self.caption is not None and self.label is not None:
             raise UserError(f"caption {self.caption!r} and label {self.label} were given; give one of them")
-        if self.n < 1:
-            raise UserError(f"--n is {self.n}; ask for at least 1 picture")
+        if not 1 <= self.n <= MOST:
+            raise UserError(f"--n is {self.n}; ask for 1 to {MOST} pictures")
 
     def run(self) -> None:
         """Write the edited pictures and print their paths."""
         out = self.out or self.picture.with_name(f"{self.picture.stem}-edited.png")
+        check_picture_name(out)
         targets = (
             [out] if self.n == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(self.n)]
         )
         for target in targets:
+            if target.is_dir():
+                raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
             ensure_writable(target)
 
         from PIL import Image

@@ -28,6 +28,14 @@ Drawn = tuple[int, "Image.Image", "Image.Image | None"]
 """A picture's number, the picture, and the strip of its previews if wanted."""
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+OTHER_PICTURES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".svg")
+"""What nobody means a folder by."""
+
+MOST = 1_000_000
+"""Pictures of one run, whose names are made beforehand."""
+
+
 @dataclass(frozen=True)
 class Generate(Words, Ordered):
     """Make pictures from a caption, a label, or a file of prompts."""
@@ -83,12 +91,19 @@ class Generate(Words, Ordered):
                 "--packed keeps a second copy of weights that --offload keeps none of; leave one out"
             )
         for name in ("n", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; ask for at least 1 picture")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"--{name} is {getattr(self, name)}; ask for 1 to {MOST} pictures")
+        if self.out is not None and self.out.suffix.lower() in OTHER_PICTURES:
+            check_picture_name(self.out)
 
     def run(self) -> None:
         """Write the pictures and print their paths."""
         prompts = self._prompts()
+        if len(prompts) * self.n > MOST:
+            raise UserError(
+                f"{len(prompts)} prompts with --n {self.n} are {len(prompts) * self.n} pictures; a run draws up to "
+                f"{MOST}: split the prompts, or give runs a smaller --n and a --seed each"
+            )
         targets = self._targets(prompts)
         share = parse_shard(self.shard)
         if self.grid and (self.shard or self.resume or self.ray):
@@ -301,7 +316,15 @@ def is_whole(path: Path) -> bool:
 
 def is_file(out: Path) -> bool:
     """Whether --out names a picture, in place of a folder."""
-    return out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    return out.suffix.lower() in PICTURES
+
+
+def check_picture_name(out: Path) -> None:
+    """Raise `UserError` for a file that no picture can be written to."""
+    if not is_file(out):
+        raise UserError(
+            f"{str(out)!r} does not end as a picture does; end it in one of {', '.join(PICTURES)}"
+        )
 
 
 def slug(prompt: str | int) -> str:

@@ -4,6 +4,7 @@ A traceback is printed only with `--debug`.
 """
 
 import contextlib
+import errno
 import io
 import select
 import sys
@@ -68,6 +69,11 @@ def explain(error: BaseException) -> tuple[int, str]:
         return BROKE, f"error: {reason} while writing {where}; free some space or write to another disk"
     if isinstance(error, OSError) and error.filename and type(error) in PATH_PROBLEMS:
         return WRONG_INPUT, "error: " + PATH_PROBLEMS[type(error)].format(path=str(error.filename))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return (
+            WRONG_INPUT,
+            f"error: file name too long: {str(error.filename)[:60]!r} ...; choose a shorter one",
+        )
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
         if extra := EXTRA_OF_MODULE.get(module):
