@@ -1,10 +1,11 @@
 """Models that cannot be: damaged, of parts that do not belong together, or without what they read."""
 
+import copy
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,18 @@ from safetensors.torch import load_file, save_file
 from tests import failing, models, text_models
 from tests.contracts import CASES
 from tests.failing import Fails
+from varkit.errors import UserError
+from varkit.heads.bits import BitsConfig
+from varkit.heads.categorical import CategoricalConfig
+from varkit.heads.diffusion import DiffusionConfig
 from varkit.hub.embeddings import save_embeddings
-from varkit.hub.pipeline import Settings
+from varkit.hub.pipeline import WEIGHTS, Pipeline, Settings, bundled
+from varkit.plans.flexible import FlexibleScalesConfig
+from varkit.plans.masked import MaskedConfig
+from varkit.plans.raster import RasterConfig
 from varkit.plans.ratios import scales
+from varkit.plans.refined import RefinedConfig
+from varkit.plans.scales import ScalesConfig
 
 class_model, text_model = models.class_model, models.text_model
 here, fails = failing.here, failing.fails
@@ -33,11 +43,14 @@ def model(class_model: Path, here: Path) -> Path:
 
 def edit_config(model: Path, *keys: str, value: object) -> None:
     whole = json.loads((model / "config.json").read_text())
-    inner = whole
+    put(whole, keys, value)
+    (model / "config.json").write_text(json.dumps(whole))
+
+
+def put(inner: Any, keys: tuple, value: object) -> None:
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    (model / "config.json").write_text(json.dumps(whole))
 
 
 def edit_weights(model: Path, part: str, change: Callable[[dict], object]) -> None:
@@ -83,7 +96,14 @@ def test_missing_and_foreign_checkpoints(fails: Fails, model: Path) -> None:
         (["type"], "LlamaGen", "unknown field"),
         (["config", "depth"], 0, "depth 0 is below 1"),
         (["config", "depth"], "two", "generator.config.depth is 'two'; it must be an integer"),
+        (["config", "depth"], 10**9, "more weights than generator.safetensors holds"),
         (["config", "width"], 64, "should be"),
+        (["config", "width"], 0, "width is 0; it must be at least 1"),
+        (["config", "width"], 10**7, "its largest size is width, 10000000"),
+        (["config", "width"], 10**30, "its largest size is width, 1000"),
+        (["config", "heads"], 0, "heads is 0; it must be at least 1"),
+        (["config", "mlp_ratio"], -1, "mlp_ratio is -1.0; it must be above 0"),
+        (["config", "condition", "names"], ["cat"], "names has 1 entries; it must have 3"),
         (["config", "condition", "type"], "ImageConfig", "unknown type 'ImageConfig'"),
     ],
 )
@@ -139,6 +159,97 @@ def test_parts_of_two_models_of_a_family(
     case = CASES[OTHERS[name]]
     replace(case, tokenizer=replace(case.tokenizer, **changes)).pipeline(Settings()).save(here / "mixed")  # type: ignore[type-var]
     assert says in fails("generate", "--label", 1, "--model", "mixed")
+
+
+PYRAMID = ((1, 1), (2, 2), (2, 3), (4, 6))
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "other", "says"),
+    [
+        ("var-class", "plan", ScalesConfig((1, 2)), f"schedule of the plan is ((1, 1), (2, 2)) and would be {PYRAMID}"),
+        ("var-class", "plan", ScalesConfig((*PYRAMID, (4, 6))), f"(4, 6), (4, 6)) and would be {PYRAMID}"),
+        ("var-class", "plan", RasterConfig((4, 6)), "kind of the plan is raster and would be scales"),
+        ("var-class", "plan", RefinedConfig(PYRAMID), "kind of the plan is refined and would be scales"),
+        ("var-class", "head", CategoricalConfig(24, 32), "vocab_size of the head is 32 and would be 24"),
+        ("var-class", "head", CategoricalConfig(32, 24), "width of the head is 32 and would be 24"),
+        ("var-class", "head", BitsConfig(24, 6), "kind of the head is BitsHead and would be CategoricalHead"),
+        ("hmar-refined", "plan", RefinedConfig((1, 2)), "schedule of the plan is"),
+        ("hmar-refined", "head_mask", CategoricalConfig(24, 32), "vocab_size of the head_mask is 32"),
+        ("flexvar-class", "plan", ScalesConfig(PYRAMID), "kind of the plan is scales and would be flexible-scales"),
+        ("infinity-text", "plan", ScalesConfig((1,) * 16), "scales of the plan is 16 and would be at most 15"),
+        ("llamagen-text", "plan", RasterConfig((3, 5), prefix=8), "grid of the plan is (3, 5) and would be (3, 4)"),
+        ("llamagen-text", "plan", RasterConfig((3, 4), prefix=7), "prefix of the plan is 7 and would be 8"),
+        ("pixelcnn-class", "head", CategoricalConfig(8, 256), "kind of the head is CategoricalHead"),
+        ("mar-class", "plan", MaskedConfig((2, 4), 5, prefix=8), "grid of the plan is (2, 4) and would be (3, 4)"),
+        ("mar-class", "head", DiffusionConfig(24, 4), "channels of the head is 4 and would be 8"),
+    ],
+)  # fmt: skip
+def test_a_plan_or_head_of_another_model(
+    fails: Fails, here: Path, case: str, part: str, other: Any, says: str
+) -> None:
+    pipeline = CASES[case].pipeline(Settings())
+    pipeline.swapped({part: other.build()}, {part: other}).save(here / "mixed")
+    line = fails("generate", "--label", 1, "--model", "mixed")
+    assert says in line and "take tokenizer, generator, plan and heads from one model" in line
+
+
+def test_a_model_without_a_head_of_its_plan(fails: Fails, here: Path) -> None:
+    pipeline = CASES["hmar-refined"].pipeline(Settings())
+    del pipeline.parts["head_mask"]
+    pipeline.save(here / "headless")
+    assert "the part head_mask is missing" in fails("generate", "--label", 1, "--model", "headless")
+
+
+@pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        ("var-class", ScalesConfig([list(side) for side in PYRAMID], history=0)),  # as JSON writes it
+        ("hmar-refined", RefinedConfig(PYRAMID, guided=True)),
+        ("flexvar-class", FlexibleScalesConfig((1, 3, 5))),
+        ("infinity-text", ScalesConfig((1, 3, 5), frame=(64, 64), ratios=True)),
+        ("mar-class", MaskedConfig((3, 4), 2, prefix=8, order="raster")),
+    ],
+)
+def test_plans_that_a_generator_takes_as_well(here: Path, case: str, plan: Any) -> None:
+    CASES[case].pipeline(Settings()).over(plan).save(here / "model")
+    assert Pipeline.from_folder(here / "model").configs["plan"] == plan
+
+
+FUZZED = (*bundled(), "flexvar-text", "hmar-refined", "infinity-text", "llamagen-text", "m-var-class", "mar-text",
+          "pixelcnn-class")  # fmt: skip
+"""Bundled models, and cases of the other families."""
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_numbers_that_no_model_has(here: Path, name: str) -> None:
+    """Each number of config.json at 0 and below it: the model opens or says what is wrong."""
+    model = here / "model"
+    if name in CASES:
+        CASES[name].pipeline(Settings()).save(model)
+    else:
+        shutil.copytree(WEIGHTS / name, model)
+    parts = json.loads((model / "config.json").read_text())["parts"]
+    for keys in numbers(parts):
+        for value in (0, -1):
+            changed = copy.deepcopy(parts)
+            put(changed, keys, value)
+            (model / "config.json").write_text(json.dumps({"format_version": 1, "parts": changed}))
+            try:
+                Pipeline.from_folder(model)
+            except UserError:
+                pass
+            except Exception as error:
+                raise AssertionError(f"{keys} at {value}: {error!r}") from error
+
+
+def numbers(inner: Any) -> Iterator[tuple]:
+    """The keys to the numbers in nested dicts and lists, of a list to those of its first item."""
+    if type(inner) in (int, float):
+        yield ()
+    elif isinstance(inner, dict | list):
+        for key, value in inner.items() if isinstance(inner, dict) else [*enumerate(inner)][:1]:
+            yield from ((key, *rest) for rest in numbers(value))
 
 
 @pytest.mark.filterwarnings("error:Detected pickle protocol")  # it would be a second line

@@ -162,7 +162,9 @@ def test_half_a_model_and_two_of_a_kind(convert, published):
 
 
 def test_generators_of_two_families_are_no_shards_of_one(convert, published, tmp_path):
-    torch.save({"tok_embeddings.weight": torch.zeros(4, 4), "cls_embedding.x": torch.zeros(1)}, tmp_path / "gpt.pt")
+    torch.save(
+        {"tok_embeddings.weight": torch.zeros(4, 4), "cls_embedding.x": torch.zeros(1)}, tmp_path / "gpt.pt"
+    )
     line = convert(published / TOKENIZER, published / GENERATOR, tmp_path / "gpt.pt")
     assert f"'{published / GENERATOR}' and '{tmp_path / 'gpt.pt'}' both hold a generator" in line
 

@@ -226,7 +226,9 @@ def test_released_infinity_generators_want_tokens_of_16_pixels(
 def test_the_other_tokenizer_of_32_bits_is_told_by_its_name():
     published_infinity._check_variant(["infinity_2b_reg.pth", "infinity_vae_d32_reg.pth"])
     published_infinity._check_variant(["infinity_2b_reg.pth", "mine.pth"])
-    with pytest.raises(UserError, match=r"'infinity_vae_d32.pth' .* give infinity_vae_d32reg.pth, or rename it"):
+    with pytest.raises(
+        UserError, match=r"'infinity_vae_d32.pth' .* give infinity_vae_d32reg.pth, or rename it"
+    ):
         published_infinity._check_variant(["infinity_2b_reg.pth", "infinity_vae_d32.pth"])
 
 

@@ -26,6 +26,10 @@ class ClassConfig:
             raise UserError(
                 f"classes {self.classes} is below 1; a class-conditional model needs at least one label"
             )
+        if len(self.names) not in (0, self.classes):
+            raise UserError(
+                f"names has {len(self.names)} entries; it must have {self.classes}, one for each class, or none"
+            )
 
 
 class Conditioner(nn.Module, ABC):

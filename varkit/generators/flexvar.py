@@ -18,6 +18,7 @@ from varkit.errors import UserError
 from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.conditioning import ClassConfig, class_or_text
 from varkit.generators.scale_transformer import ScaleTransformer
+from varkit.generators.sizes import check_least, check_scale_transformer
 from varkit.generators.text import TextConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.adaln import BlockConfig
@@ -50,11 +51,10 @@ class FlexVARConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_scale_transformer(self)
+        check_least(self, 1, "depth", "table")
         if self.width % self.heads:
             raise UserError(f"width {self.width} is not a multiple of {self.heads} heads; change one of them")
-        for name in ("depth", "table"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @classmethod
     def published(cls, depth: int, **rest: Any) -> "FlexVARConfig":

@@ -16,6 +16,7 @@ from varkit.errors import UserError, unknown_name
 from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.prompt import PromptCondition
 from varkit.generators.scale_transformer import ScaleTransformer
+from varkit.generators.sizes import check_least, check_scale_transformer
 from varkit.generators.text import TextConfig, TextFeaturesConfig
 from varkit.heads.bits import BitsConfig
 from varkit.nn.adaln import BlockConfig
@@ -61,6 +62,8 @@ class InfinityConfig:
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise UserError(f"depth {self.depth} is below 1; a generator needs at least one block")
+        check_scale_transformer(self)
+        check_least(self, 1, "levels")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise UserError(
                 f"width {self.width} over {self.heads} heads does not give a head width that is a multiple of 4, "

@@ -27,6 +27,7 @@ from varkit.generators.base import (
     rows,
 )
 from varkit.generators.conditioning import ClassCondition, ClassConfig
+from varkit.generators.sizes import check_least
 from varkit.heads.logistic_mixture import LogisticMixtureConfig
 from varkit.nn.attention import Window
 from varkit.nn.linear import Linear
@@ -60,9 +61,7 @@ class PixelCNNConfig:
     mixtures: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("width", "blocks", "levels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, 1, "width", "blocks", "levels", "mixtures")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout {self.dropout} is outside 0 to 1; use e.g. 0.1")
         if min(self.grid) < 1 or any(side % self.unit for side in self.grid):

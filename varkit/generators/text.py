@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit.errors import UserError, unknown_name
+from varkit.generators.sizes import check_least
 from varkit.nn.adaln import FeedForward
 from varkit.nn.attention import NoNorm, Packed, SelfAttention
 
@@ -31,6 +32,8 @@ class TextConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "length", "width", "heads", of="text ")
+        check_least(self, 0, "depth", of="text ")
         if self.width % self.heads:
             raise UserError(
                 f"text width {self.width} is not a multiple of its {self.heads} heads; change one of them"
@@ -80,9 +83,7 @@ class TextFeaturesConfig:
     length: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("width", "length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"text {name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, 1, "width", "length", of="text ")
 
     def encode(self, prompts: list[str], tight: bool = False) -> Tensor:
         """Words alone do not do: their features have to be given."""

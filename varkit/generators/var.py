@@ -16,6 +16,7 @@ from varkit.errors import UserError
 from varkit.generators.base import check_tokenizer
 from varkit.generators.conditioning import ClassConfig, class_or_text
 from varkit.generators.scale_transformer import ScaleTransformer
+from varkit.generators.sizes import check_scale_transformer
 from varkit.generators.text import TextConfig
 from varkit.heads.categorical import CategoricalConfig
 from varkit.nn.adaln import BlockConfig
@@ -48,6 +49,7 @@ class VARConfig:
     reach: int = 0
 
     def __post_init__(self) -> None:
+        check_scale_transformer(self)
         if self.width % self.heads:
             raise UserError(f"width {self.width} is not a multiple of {self.heads} heads; change one of them")
         if self.depth < 1:

@@ -9,19 +9,22 @@ Everything but the first three entries is the caller's. Weights keep the dtype t
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from varkit import __version__
 from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath, atomic_folder, write_json
 from varkit.hub.config import from_json, to_json
+from varkit.hub.fit import NEEDED, check_fit
 from varkit.hub.offload import stream
 from varkit.hub.registry import config_type, type_name
 from varkit.hub.states import build_empty, load_state, read_safetensors, write_safetensors
@@ -29,7 +32,11 @@ from varkit.hub.tensor_file import read_as
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
+PLAN = "plan"
 _OURS = ("format_version", "varkit", "parts")
+SMALL = 2**26
+"""Numbers that any part may ask for: what is wrong with it is told better by the names in its file."""
+
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -80,19 +87,76 @@ def load_parts(folder: StrPath, dtype: str | None = None, offload: str | None = 
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", str(dtype), DTYPES, f"(for {str(root / CONFIG)!r})")
     configs = {name: _part_config(root, name, entry) for name, entry in whole["parts"].items()}
-    built = {name: build_empty(config.build) for name, config in configs.items()}
-    for name, part in built.items():
-        if isinstance(part, nn.Module):
-            if dtype is not None:
-                part.to(DTYPES[dtype])  # parameters have no memory yet
-            _fill(
-                part,
-                root / f"{name}.safetensors",
-                dtype is not None,
-                offload if name == "generator" else None,
+    built = {
+        name: _module(config, root, name, dtype, offload if name == "generator" else None)
+        for name, config in configs.items()
+        if name != PLAN
+    }
+    if set(NEEDED) <= set(configs):
+        check_fit(configs, repr(str(root / CONFIG)))
+    if PLAN in configs:  # last, since one that does not fit may be of any size
+        built[PLAN] = build_empty(configs[PLAN].build)
+    rest = {k: v for k, v in whole.items() if k not in _OURS}
+    return Parts({name: built[name] for name in configs}, configs, rest)
+
+
+def _module(config: Any, root: Path, name: str, dtype: str | None, offload: str | None) -> Any:
+    """What a configuration builds, in eval mode and, if it has weights, with those of its file."""
+    file = root / f"{name}.safetensors"
+    with _Bounded(file) as bounds:
+        try:
+            part = build_empty(config.build)
+        except _TooLarge as error:
+            read_safetensors(file)  # raises for one that is damaged
+            size, value = max(_integers(to_json(config)), key=lambda pair: pair[1])
+            raise UserError(
+                f"{str(root / CONFIG)!r}: parts.{name}.config asks for more weights than {file.name} holds: its "
+                f"largest size is {size}, {value}, and the file has {bounds.size} bytes; check that both belong to "
+                "one model"
+            ) from error
+    if isinstance(part, nn.Module):
+        if dtype is not None:
+            part.to(DTYPES[dtype])  # parameters have no memory yet
+        _fill(part, file, dtype is not None, offload)
+        part.eval()
+    return part
+
+
+class _TooLarge(Exception):
+    """A part would have more weights than its file."""
+
+
+class _Bounded(TorchFunctionMode):
+    """Raises `_TooLarge` once a module being built has asked for more numbers than its file has bytes, and `SMALL`.
+
+    Each parameter is an allocation before `build_empty` takes its memory away, which fails for terabytes with an error
+    of torch's, and takes forever for a billion blocks. linspace: rates, one a block.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.size = file.stat().st_size if file.is_file() else 0
+        self.left = max(SMALL, self.size)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function in (torch.empty, torch.randn, torch.linspace):
+            sizes = args[2:] if function is torch.linspace else args
+            self.left -= math.prod(
+                n for size in sizes for n in (size if isinstance(size, tuple | list) else (size,))
             )
-            part.eval()
-    return Parts(built, configs, {k: v for k, v in whole.items() if k not in _OURS})
+            if self.left < 0:
+                raise _TooLarge
+        return function(*args, **(kwargs or {}))
+
+
+def _integers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """The integers of JSON values, each by the name of the field it stands in."""
+    if type(value) is int:
+        yield name, value
+    elif isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else ((name, inner) for inner in value)
+        for inner_name, inner in items:
+            yield from _integers(inner, inner_name)
 
 
 def _fill(part: nn.Module, file: Path, cast: bool, offload: str | None) -> None:

@@ -24,7 +24,7 @@ from varkit.errors import UserError, unknown_name
 from varkit.files import StrPath
 from varkit.generators.base import Condition
 from varkit.hub.config import from_json, to_json
-from varkit.hub.fit import check_fit
+from varkit.hub.fit import NEEDED
 from varkit.hub.folder import CONFIG, load_parts, save_parts
 from varkit.hub.orders import at_size, by_schedule, diffused, refined, scheduled
 from varkit.hub.prompts import Prompt, TextSource, check_source, condition_of, longest_prompt, nothing
@@ -336,12 +336,11 @@ class Pipeline:
     def from_folder(cls, folder: StrPath, dtype: str | None = None, offload: str | None = None) -> "Pipeline":
         """Read what `save` wrote; `dtype` and `offload` as in `load`."""
         loaded = load_parts(folder, dtype, offload)
-        missing = {"tokenizer", "plan", "generator", "head"} - set(loaded.built)
+        missing = set(NEEDED) - set(loaded.built)
         if missing:
             raise UserError(
                 f"{str(Path(folder) / CONFIG)!r} lacks the parts {', '.join(sorted(missing))}; it is not a whole model"
             )
-        check_fit(loaded.configs, repr(str(Path(folder) / CONFIG)))
         settings = from_json(loaded.rest.get("defaults", {}), Settings, "defaults")
         return cls(loaded.built, loaded.configs, settings, loaded.rest.get("about"))
 

@@ -266,6 +266,11 @@ def _save_pickle(state: State, path: Path, wrappers: Sequence[str] = ()) -> None
 
     With `wrappers` the file holds the one state under each of these names.
     """
-    compact = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    compact = {name: _alone(tensor.detach().cpu()) for name, tensor in state.items()}
     with open(path, "wb") as file:
         torch.save({name: compact for name in wrappers} or compact, file)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is part of a larger one, all of which would be written."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
