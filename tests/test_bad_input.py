@@ -212,7 +212,7 @@ def test_pictures_never_replace_folders(fails: Fails, here: Path, class_model: P
         ),
         (["digits", "--device", "cuda:99"], "--device 'cuda:99' is not on this machine"),
         (["digits-raster", "--from", WEIGHTS / "digits"], "has no VQ tokenizer, which the recipe needs"),
-        (["digit-scales", "--from", WEIGHTS / "digits"], "does not fit its configuration"),
+        (["scenes-small", "--from", WEIGHTS / "digits"], "does not fit its configuration"),
         (
             ["markov-digits", "--from", WEIGHTS / "digits", "--steps", "1"],
             f"the recipe 'markov-digits' is made for scales of 1, 2, 3, 4, 6, 8, and the tokenizer of "

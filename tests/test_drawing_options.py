@@ -173,7 +173,7 @@ def test_packed_weights_draw_the_same_picture(
 
 
 def test_a_batch_of_none_is_told():
-    with pytest.raises(UserError, match="--batch is 0; ask for at least 1"):
+    with pytest.raises(UserError, match="--batch is 0; ask for 1 to"):
         Generate(label=1, batch=0)
 
 
