@@ -161,6 +161,15 @@ def test_the_fused_activation_is_as_exact_as_the_separate_one(approximate: str, 
     assert all(g.any() for g in torch.autograd.grad(layer.gelu(x, approximate).sum(), inputs))
 
 
+def test_the_compiled_activation_is_the_plain_one() -> None:
+    layer, x = Linear(8, 8).double(), torch.linspace(-12, 12, 80).double().view(10, 8).requires_grad_()
+    compiled = torch.compile(layer.gelu, fullgraph=True, backend="eager")(x, "tanh")
+    plain = F.gelu(layer(x), approximate="tanh")
+    assert torch.allclose(compiled, plain, atol=1e-14)
+    ours, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (compiled, plain))
+    assert torch.allclose(ours, theirs, atol=1e-14)
+
+
 @pytest.mark.parametrize("groups", [0, 4])
 def test_channels_last_convolutions_are_the_plain_ones(groups: int) -> None:
     torch.manual_seed(0)
