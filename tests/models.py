@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from varkit.data.registry import open_dataset
 from varkit.generators.conditioning import ClassConfig
 from varkit.generators.text import TextConfig
 from varkit.generators.var import VARConfig
@@ -17,6 +18,7 @@ from varkit.plans.scales import ScalesConfig
 from varkit.tokenizers.conv import ConvConfig
 from varkit.tokenizers.multiscale_vq import MultiScaleVQConfig
 from varkit.train.recipes import GeneratorRecipe, Recipe, TokenizerRecipe
+from varkit.train.run import Request, train_recipe
 from varkit.train.task import TrainConfig
 
 SCHEDULE = (1, 2, 3)
@@ -53,6 +55,14 @@ def tiny_recipe() -> Recipe:
         GeneratorRecipe(generator, briefly, batch_size=4, pictures=32),
         prompts=(0, 1),
     )
+
+
+def train_tiny(folder: Path) -> Path:
+    """Train the tiny recipe in a folder, a step of each stage; returns the folder."""
+    train_recipe(
+        Request("tiny", steps=1), tiny_recipe(), open_dataset("digits"), folder, say=lambda text: None
+    )
+    return folder
 
 
 @pytest.fixture(scope="session")

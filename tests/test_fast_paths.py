@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from varkit.bench.machine import convolution_linear
 from varkit.heads import categorical
 from varkit.heads.categorical import CategoricalHead
 from varkit.nn import attention
@@ -106,6 +107,26 @@ def test_cosine_norm_is_normalisation_and_takes_zeros() -> None:
 
 
 needs_onednn = pytest.mark.skipif(not ONEDNN_LINEAR, reason="this torch has no such operator")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "kernel", [convolution_linear, pytest.param(differentiable_linear, marks=needs_onednn)]
+)
+def test_the_kernel_is_the_linear_at_any_number_of_threads(kernel, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = [t.requires_grad_() for t in (torch.randn(4, 33, 16), torch.randn(24, 16), torch.randn(24))]
+        ours, theirs = kernel(*inputs), F.linear(*inputs)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        outer = torch.randn_like(ours)
+        pairs = zip(
+            torch.autograd.grad(ours, inputs, outer), torch.autograd.grad(theirs, inputs, outer), strict=True
+        )
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_onednn

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.contracts import CASES, true_latents
-from tests.models import SCHEDULE, tiny_recipe
+from tests.models import SCHEDULE, tiny_recipe, train_tiny
 from varkit.catalog.models import Trained
 from varkit.data.registry import open_dataset
 from varkit.errors import UserError
@@ -91,11 +91,7 @@ def markov(**changes) -> Recipe:
 @pytest.fixture(scope="module")
 def var(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained VAR."""
-    folder = tmp_path_factory.mktemp("trained") / "var"
-    train_recipe(
-        Request("tiny", steps=1), tiny_recipe(), open_dataset("digits"), folder, say=lambda text: None
-    )
-    return folder
+    return train_tiny(tmp_path_factory.mktemp("trained") / "var")
 
 
 def test_mvar_goes_on_from_vars_weights(var: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import failing
-from tests.models import CLASSES, SCHEDULE, WORDS, tiny_recipe
+from tests.models import CLASSES, SCHEDULE, WORDS, tiny_recipe, train_tiny
 from varkit.cli.main import main
 from varkit.data.registry import open_dataset
 from varkit.errors import UserError
@@ -22,7 +22,7 @@ from varkit.tokenizers.kl import KLConfig
 from varkit.tokenizers.pixels import PixelsConfig
 from varkit.train import progress, run
 from varkit.train.recipes import RECIPES
-from varkit.train.run import Request, encoded, example, train_recipe
+from varkit.train.run import encoded, example
 from varkit.train.task import TrainConfig
 from varkit.train.tokenizer_loss import MovingCodesConfig, TokenizerLossConfig
 from varkit.train.tokenizer_task import ReconstructionTask
@@ -42,11 +42,7 @@ def tiny(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training that is over."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    train_recipe(
-        Request("tiny", steps=1), tiny_recipe(), open_dataset("digits"), folder, say=lambda text: None
-    )
-    return folder
+    return train_tiny(tmp_path_factory.mktemp("finished") / "run")
 
 
 def fallocate_fails(monkeypatch: pytest.MonkeyPatch, code: int) -> None:

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from varkit.cli.generate import MOST, check_picture_name, save_picture
+from varkit.cli.generate import check_count, check_picture_name, check_targets, save_picture
 from varkit.cli.models import DEFAULT_MODEL, opened
 from varkit.cli.sampling import Ordered, parse_size
 from varkit.cli.words import Words
 from varkit.errors import UserError
-from varkit.files import ensure_writable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,8 +68,7 @@ class Edit(Words, Ordered):
         self.check_order(self.size)
         if self.caption is not None and self.label is not None:
             raise UserError(f"caption {self.caption!r} and label {self.label} were given; give one of them")
-        if not 1 <= self.n <= MOST:
-            raise UserError(f"--n is {self.n}; ask for 1 to {MOST} pictures")
+        check_count("n", self.n)
 
     def run(self) -> None:
         """Write the edited pictures and print their paths."""
@@ -79,10 +77,7 @@ class Edit(Words, Ordered):
         targets = (
             [out] if self.n == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(self.n)]
         )
-        for target in targets:
-            if target.is_dir():
-                raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
-            ensure_writable(target)
+        check_targets(targets)
 
         from PIL import Image
 

@@ -27,7 +27,6 @@ Job = tuple[int, str | int]
 Drawn = tuple[int, "Image.Image", "Image.Image | None"]
 """A picture's number, the picture, and the strip of its previews if wanted."""
 
-
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER_PICTURES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".svg")
 """What nobody means a folder by."""
@@ -91,8 +90,7 @@ class Generate(Words, Ordered):
                 "--packed keeps a second copy of weights that --offload keeps none of; leave one out"
             )
         for name in ("n", "batch"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise UserError(f"--{name} is {getattr(self, name)}; ask for 1 to {MOST} pictures")
+            check_count(name, getattr(self, name))
         if self.out is not None and self.out.suffix.lower() in OTHER_PICTURES:
             check_picture_name(self.out)
 
@@ -110,11 +108,7 @@ class Generate(Words, Ordered):
             raise UserError(
                 "--grid needs all pictures at once; leave out --shard, --resume and --ray, or --grid"
             )
-        for target in targets:
-            if target.is_dir():
-                raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
-        for target in {target.parent: target for target in targets}.values():  # once a folder: it is probed
-            ensure_writable(target)
+        check_targets(targets)
 
         asked = prompts if self.negative is None else [*prompts, self.negative]
         # A mistake in the last prompt shows before the first is drawn.
@@ -325,6 +319,21 @@ def check_picture_name(out: Path) -> None:
         raise UserError(
             f"{str(out)!r} does not end as a picture does; end it in one of {', '.join(PICTURES)}"
         )
+
+
+def check_targets(targets: Sequence[Path]) -> None:
+    """Raise `UserError` unless pictures can be written to all of these."""
+    for target in targets:
+        if target.is_dir():
+            raise UserError(f"{str(target)!r} is a folder; choose another --out, or remove it")
+    for target in {target.parent: target for target in targets}.values():  # once a folder: it is probed
+        ensure_writable(target)
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise `UserError` for what is no number of pictures; `name` is the option's."""
+    if not 1 <= count <= MOST:
+        raise UserError(f"--{name} is {count}; ask for 1 to {MOST} pictures")
 
 
 def slug(prompt: str | int) -> str:

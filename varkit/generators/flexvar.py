@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.devices import sent_once
-from varkit.errors import UserError
 from varkit.generators.base import check_tokenizer, per_row
 from varkit.generators.conditioning import ClassConfig, class_or_text
 from varkit.generators.scale_transformer import ScaleTransformer
@@ -53,8 +52,6 @@ class FlexVARConfig:
     def __post_init__(self) -> None:
         check_scale_transformer(self)
         check_least(self, 1, "depth", "table")
-        if self.width % self.heads:
-            raise UserError(f"width {self.width} is not a multiple of {self.heads} heads; change one of them")
 
     @classmethod
     def published(cls, depth: int, **rest: Any) -> "FlexVARConfig":

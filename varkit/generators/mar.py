@@ -17,7 +17,7 @@ from varkit.devices import sent, sent_once
 from varkit.errors import UserError, unknown_name
 from varkit.generators.base import Condition, Generator, Prepared, check_tokenizer, per_row, rows
 from varkit.generators.conditioning import ClassCondition, ClassConfig, TextCondition
-from varkit.generators.sizes import check_least, check_rates, check_ratio
+from varkit.generators.sizes import check_heads, check_least, check_rates, check_ratio
 from varkit.generators.text import TextConfig
 from varkit.heads.diffusion import DiffusionConfig
 from varkit.nn.attention import Packed, Window
@@ -61,8 +61,7 @@ class MARConfig:
         check_least(self, 1, "depth", "width", "heads", "channels", "buffer")
         check_ratio(self)
         check_rates(self, "dropout", "attention_dropout")
-        if self.width % self.heads:
-            raise UserError(f"width {self.width} is not a multiple of {self.heads} heads; change one of them")
+        check_heads(self)
         if isinstance(self.condition, TextConfig) and self.condition.length > self.buffer:
             raise UserError(
                 f"prompts of {self.condition.length} tokens do not fit a buffer of {self.buffer} slots; make the "

@@ -1,5 +1,7 @@
 """What generators' configurations check alike: numbers that no network can have."""
 
+from typing import Any
+
 from varkit.errors import UserError
 
 
@@ -17,15 +19,22 @@ def check_rates(config: object, *names: str) -> None:
             raise UserError(f"{name} is {value}; it must be >= 0 and below 1")
 
 
-def check_scale_transformer(config: object) -> None:
+def check_scale_transformer(config: Any) -> None:
     """Raise `UserError` for what no `varkit.generators.scale_transformer.ScaleTransformer` is made of."""
     check_least(config, 1, "width", "heads", "code_width")
     check_least(config, 0, "norm_eps")
+    check_heads(config)
     check_ratio(config)
     check_rates(config, "drop_path")
 
 
-def check_ratio(config: object, name: str = "mlp_ratio") -> None:
-    """Raise `UserError` for a ratio of sizes that is not positive."""
-    if (value := getattr(config, name)) <= 0:
-        raise UserError(f"{name} is {value}; it must be above 0 (4 is usual)")
+def check_ratio(config: Any) -> None:
+    """Raise `UserError` for a feed-forward layer of no width."""
+    if config.mlp_ratio <= 0:
+        raise UserError(f"mlp_ratio is {config.mlp_ratio}; it must be above 0 (4 is usual)")
+
+
+def check_heads(config: Any) -> None:
+    """Raise `UserError` for a width that does not split into the heads."""
+    if config.width % config.heads:
+        raise UserError(f"width {config.width} is not a multiple of {config.heads} heads; change one of them")

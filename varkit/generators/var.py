@@ -50,8 +50,6 @@ class VARConfig:
 
     def __post_init__(self) -> None:
         check_scale_transformer(self)
-        if self.width % self.heads:
-            raise UserError(f"width {self.width} is not a multiple of {self.heads} heads; change one of them")
         if self.depth < 1:
             raise UserError(f"depth {self.depth} is below 1; a generator needs at least one block")
         if self.reach < 0:

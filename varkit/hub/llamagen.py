@@ -6,7 +6,7 @@ Legend: C width, D features of the text encoder, K codes.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from varkit.hub.keymap import (
     split_qkv,
     to_published,
 )
-from varkit.hub.states import State, build_empty
+from varkit.hub.states import State, build_empty, unwrapped
 from varkit.hub.var import conv_config
 from varkit.plans.schedule import Side
 from varkit.tokenizers.map_vq import MapVQConfig
@@ -89,12 +89,12 @@ def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
     FSDP writes.
     """
     wrappers = ("model", "module", "state_dict")
-    generator = _unwrapped(checkpoint, wrappers)
+    generator = unwrapped(checkpoint, wrappers)
     if _any(generator, r"cls_embedding\.|layers\.\d+\.attention\.wqkv\."):
         values = {name: getattr(checkpoint.get("args"), name[5:], None) for name in (IMAGE_SIZE, STRIDE)}
         told = {name: torch.tensor(value) for name, value in values.items() if isinstance(value, int)}
         return {"generator": {**generator, **told}}
-    tokenizer = _unwrapped(checkpoint, ("ema", *wrappers))
+    tokenizer = unwrapped(checkpoint, ("ema", *wrappers))
     return {"tokenizer": dict(tokenizer)} if _any(tokenizer, r"encoder\.conv_blocks\.") else {}
 
 
@@ -168,14 +168,6 @@ def _tokenizer_rules(config: VQConfig | MapVQConfig) -> tuple[Rule, ...]:
     last = len(config.conv.multipliers) - 1
     turned = [Rule(rf"^decoder\.levels\.{i}\.", f"decoder.conv_blocks.{last - i}.") for i in range(last + 1)]
     return (*turned, *TOKENIZER_RULES)
-
-
-def _unwrapped(checkpoint: Mapping[str, Any], wrappers: Sequence[str]) -> Mapping[str, Any]:
-    """What the file has under the first of these names, or the file as it is."""
-    for wrapper in wrappers:
-        if isinstance(checkpoint.get(wrapper), Mapping):
-            return checkpoint[wrapper]
-    return checkpoint
 
 
 def _any(state: Mapping[str, Any], beginning: str) -> bool:

@@ -28,7 +28,7 @@ from varkit.hub.keymap import (
     split_qkv,
     to_published,
 )
-from varkit.hub.states import State, build_empty
+from varkit.hub.states import State, build_empty, unwrapped
 from varkit.hub.var import TOKENIZER_RULES, conv_config
 from varkit.plans.schedule import Side
 from varkit.tokenizers.kl import KLConfig
@@ -73,11 +73,7 @@ def checkpoint_states(checkpoint: Mapping[str, Any]) -> dict[str, State]:
     """The published states in a loaded file: {"generator": ...} (the averaged one) or {"tokenizer": ...}, or nothing
     where the file is not of this family.
     """
-    for wrapper in ("model_ema", "model", "state_dict"):
-        inner = checkpoint.get(wrapper)
-        if isinstance(inner, Mapping):
-            checkpoint = inner
-            break
+    checkpoint = unwrapped(checkpoint, ("model_ema", "model", "state_dict"))
     if any(str(name).startswith("diffloss.") for name in checkpoint):
         return {"generator": dict(checkpoint)}
     if "quant_conv.weight" in checkpoint and not any(str(n).startswith("quantize.") for n in checkpoint):

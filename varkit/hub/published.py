@@ -41,7 +41,7 @@ from varkit.hub.folder import DTYPES
 from varkit.hub.pipeline import Pipeline
 from varkit.hub.released import expanded
 from varkit.hub.shards import check_complete, told_name
-from varkit.hub.states import State, build_empty, load_state, read_checkpoint
+from varkit.hub.states import State, build_empty, load_state, read_checkpoint, unwrapped
 from varkit.tokenizers.base import Tokenizer
 from varkit.tokenizers.conv import ConvConfig
 
@@ -160,16 +160,16 @@ def save_published(pipeline: Pipeline, folder: StrPath) -> list[Path]:
     Raises `UserError` for a model that the published layout cannot express.
     """
     generator = pipeline.configs["generator"]
+    family = next((f for f in FAMILIES.values() if isinstance(generator, f.config)), None)
+    if family is None:
+        raise UserError(f"a {type(generator).__name__} has no published layout here; those of {NAMES} have")
     conv = getattr(pipeline.configs["tokenizer"], "conv", None)
-    for family in FAMILIES.values():
-        if isinstance(generator, family.config):
-            if conv is not None and conv.groups != ConvConfig.groups:
-                raise UserError(
-                    f"the published layout cannot express this model: its tokenizer normalises {conv.groups} groups of "
-                    f"channels, published ones {ConvConfig.groups}; keep the varkit folder"
-                )
-            return _write(family.write(pipeline), folder)
-    raise UserError(f"a {type(generator).__name__} has no published layout here; those of {NAMES} have")
+    if conv is not None and conv.groups != ConvConfig.groups:  # of which no shape tells
+        raise UserError(
+            f"the published layout cannot express this model: its tokenizer normalises {conv.groups} groups of "
+            f"channels, published ones {ConvConfig.groups}; keep the varkit folder"
+        )
+    return _write(family.write(pipeline), folder)
 
 
 def _write(files: Files, folder: StrPath) -> list[Path]:
@@ -213,11 +213,11 @@ def _read_states(paths: Sequence[StrPath], mapped: bool) -> tuple[str, dict[str,
 
 def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
     """The family of a file, and the parts in it."""
-    whole = read_checkpoint(path, mapped)
-    for checkpoint in _unwrapped(whole):
+    for checkpoint in _layers(read_checkpoint(path, mapped)):
         for name in ("MAR", "Infinity", "FlexVAR", "LlamaGen", "HMAR"):
             if states := FAMILIES[name].states(checkpoint):
                 return name, _checked(states, path)
+    # What was innermost is told of.
     for beginning, family in OTHERS.items():
         if any(str(key).startswith(beginning) for key in checkpoint):
             raise UserError(f"{str(path)!r} is no checkpoint of {NAMES}; it looks like {family}")
@@ -226,21 +226,20 @@ def _states_of(path: StrPath, mapped: bool) -> tuple[str, dict[str, State]]:
     for name in ("M-VAR", "VAR"):
         if states := FAMILIES[name].states(checkpoint):
             return name, _checked(states, path)
-    held = ", ".join(list(checkpoint)[:5]) or "nothing"
+    held = ", ".join(map(str, list(checkpoint)[:5])) or "nothing"
     raise UserError(
         f"{str(path)!r} is no checkpoint of {NAMES}: it holds {held}; give a published file, or the state dict alone"
     )
 
 
-def _unwrapped(checkpoint: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _layers(checkpoint: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A checkpoint, then what is in its usual wrappers; without what wrapping modules put before all names."""
-    inner: Any = checkpoint
-    while isinstance(inner, Mapping):
+    inner: Mapping[str, Any] | None = checkpoint
+    while inner is not None:
         checkpoint = _bare(inner)
         yield checkpoint
-        inner = next(
-            (checkpoint[name] for name in WRAPPERS if isinstance(checkpoint.get(name), Mapping)), None
-        )
+        found = unwrapped(checkpoint, WRAPPERS)
+        inner = None if found is checkpoint else found
 
 
 def _bare(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

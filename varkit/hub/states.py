@@ -13,7 +13,7 @@ import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +114,14 @@ def plain_pickle(path: StrPath) -> list[str] | None:
     except Exception:  # whatever its bytes were taken for, it is no pickle
         return None
     return named
+
+
+def unwrapped(checkpoint: Mapping[str, Any], wrappers: Sequence[str]) -> Mapping[str, Any]:
+    """What a checkpoint has under the first of these names, or the checkpoint as it is."""
+    for wrapper in wrappers:
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            return checkpoint[wrapper]
+    return checkpoint
 
 
 class _NoInitialisation(TorchFunctionMode):

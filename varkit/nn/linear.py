@@ -21,8 +21,7 @@ _SMALLEST_WORK = 2**18
 _SMALLEST_PRODUCT = 2**24
 """The same where there are gradients, which calls from Python cost more."""
 
-
-GELU_SLOPE = 2 * (2 / math.pi) ** 0.5
+_GELU_SLOPE = 2 * (2 / math.pi) ** 0.5
 
 
 def _is_amd() -> bool:
@@ -35,15 +34,14 @@ def _is_amd() -> bool:
 # Facts of the machine are found once, here: the compiler of `compile_parts` takes them as given, and would break off
 # where they are looked for.
 AMD = _is_amd()
-ONEDNN = torch.backends.mkldnn.is_available()
-ONEDNN_LINEAR = ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 """Whether this torch offers oneDNN's linear as an operator (it does for its compiler, not as a public function)."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I), weight (O, I), bias (O,) -> (..., O), by the kernel that measured fastest for this size and dtype."""
     work = x.numel() // x.shape[-1] * weight.numel()
-    if not (AMD and ONEDNN_LINEAR) or work < _SMALLEST_WORK or x.dtype != torch.float32 or not _on_onednn(x):
+    if not AMD or work < _SMALLEST_WORK or x.dtype != torch.float32 or not _on_onednn(x):
         return F.linear(x, weight, bias)
     if not _needs_gradients(x, weight):
         return two_rows(x, weight, bias) if _is_two_rows(x) else onednn_linear(x, weight, bias)
@@ -72,8 +70,9 @@ def onednn_linear(
 
 
 def _on_onednn(x: Tensor) -> bool:
+    """Whether oneDNN's own linear may be called."""
     allowed = torch.compiler.is_compiling() or bool(torch.backends.mkldnn.enabled)  # the compiler cannot ask
-    return ONEDNN and allowed and x.device.type == "cpu"
+    return ONEDNN_LINEAR and allowed and x.device.type == "cpu"
 
 
 def _needs_gradients(x: Tensor, weight: Tensor) -> bool:
@@ -119,7 +118,7 @@ def _gelu(x: Tensor, approximate: str) -> Tensor:
     """F.gelu. Compiled for a CPU, tanh takes three times the rest of it: 0.5 x (1 + tanh u) is x sigmoid(2u)."""
     if approximate != "tanh" or x.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.gelu(x, approximate=approximate)
-    return x * torch.sigmoid(x * (GELU_SLOPE + GELU_SLOPE * 0.044715 * x * x))
+    return x * torch.sigmoid(x * (_GELU_SLOPE + _GELU_SLOPE * 0.044715 * x * x))
 
 
 class Linear(nn.Linear):
@@ -148,7 +147,7 @@ class Linear(nn.Linear):
             and x.dtype == self.weight.dtype
             and not _is_two_rows(x)
         )
-        return known and ONEDNN_LINEAR and _on_onednn(x) and not _needs_gradients(x, self.weight)
+        return known and _on_onednn(x) and not _needs_gradients(x, self.weight)
 
     @torch.no_grad()
     def pack(self) -> None:
